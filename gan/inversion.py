@@ -1,0 +1,81 @@
+"""Fit the encoder to a frozen generator: the amortised start of every projection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from gan.averaging import averaged_copy, update_average
+from gan.networks import Encoder, Generator
+from gan.optimisation import Batches, Record, State, cosine, descend
+from gan.sampling import step_rng
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Training of the encoder; `images` counts real images seen.
+
+    The loss is `‖G(E(x)) − x‖²` on data plus `latent_weight · ‖E(G(z)) − z‖²` on samples.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # read by pipelines.config
+
+    images: int = 50_000
+    batch_size: int = 64
+    lr: float = 1e-3
+    latent_weight: float = 0.02
+    average_half_life: int = 5_000
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch_size", "average_half_life"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr: expected above 0, got {self.lr}")
+        if not self.latent_weight >= 0:
+            raise ValueError(f"latent_weight: expected at least 0, got {self.latent_weight}")
+
+
+def encoder_state(fabric: Fabric, encoder: Encoder, config: EncoderConfig) -> State:
+    """Training starts from `encoder` (the joint one, or fresh)."""
+    encoder = fabric.to_device(encoder)
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=config.lr, betas=(0.9, 0.99))
+    return {
+        "encoder": encoder,
+        "encoder_average": averaged_copy(encoder),
+        "optimizer": fabric.setup_optimizers(optimizer),
+        "step": 0,
+        "images": 0,
+    }
+
+
+def train_encoder(
+    fabric: Fabric, state: State, generator: Generator, batches: Batches, config: EncoderConfig, seed: int
+) -> Iterator[Record]:
+    """Train `state["encoder"]` in place until `config.images` have been seen, yielding after every step."""
+    encoder: nn.Module = state["encoder"]
+    generator.requires_grad_(False)
+    while state["images"] < config.images:
+        rng = step_rng(seed, state["step"], fabric.global_rank)
+        real = batches(state["step"])
+        with fabric.autocast():
+            reconstruction = (generator(encoder(real)) - real).square().flatten(1)
+            z = torch.randn(len(real), generator.latent_dim, generator=rng).to(real)
+            inversion = (encoder(generator(z)) - z).square().sum(1).mean()
+            loss = reconstruction.sum(1).mean() + config.latent_weight * inversion
+        descend(fabric, state["optimizer"], loss, cosine(config.lr, state["images"], config.images))
+
+        batch = config.batch_size * fabric.world_size
+        state["step"] += 1
+        state["images"] += batch
+        update_average(
+            state["encoder_average"], encoder, batch, state["images"], config.average_half_life
+        )
+        yield Record(
+            state["images"],
+            {"reconstruction_error": reconstruction.detach().mean(), "latent_error": inversion.detach()},
+        )

@@ -1,0 +1,173 @@
+"""Folders that hold a filter or a classifier: facts in JSON, weights in safetensors.
+
+Loading needs torch and safetensors alone (a ResNet classifier needs torchvision as well), and
+never unpickles anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gan.networks import Encoder, Generator, NetworkConfig
+from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
+from manifold_defense.filter import ManifoldFilter
+from manifold_defense.projection import ProjectionConfig
+
+VERSION = 1
+FILTER, CLASSIFIER, GAN = "filter.json", "classifier.json", "gan.json"
+
+
+class ArtifactError(ValueError):
+    """A folder that is not what it should be; the message names the file and what was expected."""
+
+
+def save_filter(filter: ManifoldFilter, folder: str | Path) -> None:
+    """Write a filter made of our own networks; `load_filter` gives it back."""
+    facts = {**_network_facts(filter.generator), "projection": asdict(filter.config)}
+    _save(Path(folder), FILTER, facts, _network_modules(filter.generator, filter.encoder))
+
+
+def load_filter(folder: str | Path) -> ManifoldFilter:
+    """The filter of a folder written by `save_filter` or by `manifold-defense export`, on the CPU.
+
+    Raises ArtifactError (a ValueError) that names the file if anything is missing or damaged.
+    """
+    path = _locate(Path(folder), FILTER, "filter")
+    facts, weights = _load(path, FILTER)
+    generator, encoder = _networks(path / FILTER, facts, weights)
+    try:
+        config = ProjectionConfig(**facts["projection"])
+        return ManifoldFilter(generator, encoder, config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path / FILTER}: bad projection settings: {error}") from None
+
+
+def save_gan(generator: Generator, encoder: Encoder | None, folder: str | Path) -> None:
+    """Write a generator and, if there is one, its encoder."""
+    _save(Path(folder), GAN, _network_facts(generator), _network_modules(generator, encoder))
+
+
+def load_gan(folder: str | Path) -> tuple[Generator, Encoder | None]:
+    """Generator and encoder of a folder written by `save_gan`."""
+    path = Path(folder)
+    facts, weights = _load(path, GAN)
+    return _networks(path / GAN, facts, weights)
+
+
+def save_classifier(model: ImageClassifier, folder: str | Path, *, class_names: tuple[str, ...] = ()) -> None:
+    """Write one of our classifiers; `load_classifier` gives it back."""
+    facts = {
+        "image_shape": list(model.image_shape),
+        "classes": model.classes,
+        "class_names": list(class_names),
+        "architecture": asdict(model.config),
+    }
+    _save(Path(folder), CLASSIFIER, facts, {"classifier": model})
+
+
+def load_classifier(folder: str | Path) -> ImageClassifier:
+    """The classifier of a folder written by `save_classifier` or by a training stage, in eval mode.
+
+    Raises ArtifactError (a ValueError) that names the file if anything is missing or damaged.
+    """
+    path = _locate(Path(folder), CLASSIFIER, "classifier")
+    facts, weights = _load(path, CLASSIFIER)
+    try:
+        architecture = ArchitectureConfig(**facts["architecture"])
+        model = ImageClassifier(_shape(facts["image_shape"]), int(facts["classes"]), architecture)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path / CLASSIFIER}: not a classifier description: {error}") from None
+    _fill(model, weights, "classifier", path / CLASSIFIER)
+    return model.eval()
+
+
+def _network_facts(generator: nn.Module) -> dict[str, Any]:
+    if not isinstance(generator, Generator):
+        raise ArtifactError(
+            f"only our own generators can be saved as a folder, got {type(generator).__name__}"
+        )
+    return {"image_shape": list(generator.image_shape), "network": asdict(generator.config)}
+
+
+def _network_modules(generator: nn.Module, encoder: nn.Module | None) -> dict[str, nn.Module]:
+    return {"generator": generator} | ({"encoder": encoder} if encoder is not None else {})
+
+
+def _networks(
+    source: Path, facts: dict[str, Any], weights: dict[str, Tensor]
+) -> tuple[Generator, Encoder | None]:
+    try:
+        shape, config = _shape(facts["image_shape"]), NetworkConfig(**facts["network"])
+        generator = Generator(shape, config)
+        with_encoder = any(name.startswith("encoder.") for name in weights)
+        encoder = Encoder(shape, config) if with_encoder else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{source}: not a description of networks: {error}") from None
+    _fill(generator, weights, "generator", source)
+    if encoder is not None:
+        _fill(encoder, weights, "encoder", source)
+    return generator, encoder
+
+
+def _shape(value: Any) -> tuple[int, int, int]:
+    c, h, w = value
+    return int(c), int(h), int(w)
+
+
+def _locate(folder: Path, name: str, inside: str) -> Path:
+    """`folder` itself, or the subfolder that an export keeps the thing in."""
+    for candidate in (folder, folder / inside):
+        if (candidate / name).is_file():
+            return candidate
+    raise ArtifactError(f"{folder}: expected a folder with {name} in it")
+
+
+def _save(folder: Path, name: str, facts: dict[str, Any], modules: dict[str, nn.Module]) -> None:
+    """Weights first and facts last, each moved into place whole: a folder with facts is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        f"{prefix}.{key}": value.detach().cpu().contiguous()
+        for prefix, module in modules.items()
+        for key, value in module.state_dict().items()
+    }
+    target = (folder / name).with_suffix(".safetensors")
+    partial = target.with_suffix(".partial")
+    save_file(weights, partial)
+    os.replace(partial, target)
+    text = json.dumps({"version": VERSION, **facts}, indent=2)
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, folder / name)
+
+
+def _load(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    source, weights = folder / name, (folder / name).with_suffix(".safetensors")
+    try:
+        facts = json.loads(source.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{source}: cannot be read: {error}") from None
+    if not isinstance(facts, dict) or facts.get("version") != VERSION:
+        raise ArtifactError(f"{source}: expected version {VERSION} of the format")
+    try:
+        return facts, load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{weights}: cannot be read: {error}") from None
+
+
+def _fill(module: nn.Module, weights: dict[str, Tensor], prefix: str, source: Path) -> None:
+    own = {key.removeprefix(prefix + "."): v for key, v in weights.items() if key.startswith(prefix + ".")}
+    try:
+        module.load_state_dict(own)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ArtifactError(f"{source.with_suffix('.safetensors')}: weights do not fit: {reason}") from None
+    if not all(torch.isfinite(v).all() for v in own.values() if v.is_floating_point()):
+        raise ArtifactError(f"{source.with_suffix('.safetensors')}: weights are not finite")

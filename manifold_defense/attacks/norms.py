@@ -1,0 +1,64 @@
+"""The geometry of a threat: what an attack needs to know of a norm, in three small functions.
+
+Perturbations δ are (N, C, H, W); eps and step are in pixel units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Geometry(NamedTuple):
+    size: Callable[[Tensor], Tensor]  # ‖δ‖ of each image, (N,)
+    steepest: Callable[[Tensor], Tensor]  # the δ with ‖δ‖ = 1 that gains most along a gradient
+    project: Callable[[Tensor, float], Tensor]  # the nearest δ with ‖δ‖ ≤ eps
+    sample: Callable[[Tensor, float, torch.Generator], Tensor]  # δ uniform in the ball of radius eps
+
+
+def _l2(delta: Tensor) -> Tensor:
+    return delta.flatten(1).norm(dim=1)
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def _l2_project(delta: Tensor, eps: float) -> Tensor:
+    # A hair inside the ball, so that rounding never leaves it.
+    scale = eps * (1 - 1e-6) / _l2(delta).clamp(min=1e-12)
+    return delta * _column(scale.clamp(max=1.0), delta)
+
+
+def _l2_sample(like: Tensor, eps: float, rng: torch.Generator) -> Tensor:
+    direction = torch.randn(like.shape, generator=rng).to(like)
+    radius = torch.rand(len(like), generator=rng).to(like) ** (1 / max(like[0].numel(), 1))
+    return _l2_project(direction / _column(_l2(direction).clamp(min=1e-12), like) * eps, eps) * _column(
+        radius, like
+    )
+
+
+GEOMETRIES = {
+    "linf": Geometry(
+        size=lambda delta: delta.flatten(1).abs().amax(1),
+        steepest=torch.sign,
+        project=lambda delta, eps: delta.clamp(-eps, eps),
+        sample=lambda like, eps, rng: eps * (2 * torch.rand(like.shape, generator=rng).to(like) - 1),
+    ),
+    "l2": Geometry(
+        size=_l2,
+        steepest=lambda gradient: gradient / _column(_l2(gradient).clamp(min=1e-12), gradient),
+        project=_l2_project,
+        sample=_l2_sample,
+    ),
+}
+
+
+def geometry(norm: str) -> Geometry:
+    """The geometry named `norm`, or a ValueError that names the known ones."""
+    if norm not in GEOMETRIES:
+        raise ValueError(f"norm: expected one of {', '.join(GEOMETRIES)}, got {norm!r}")
+    return GEOMETRIES[norm]

@@ -1,0 +1,60 @@
+"""What every gradient attack shares: a quiet model, a loss to raise, and what counts as success."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from manifold_defense.types import Classifier
+
+
+@contextmanager
+def evaluation_mode(model: Classifier) -> Iterator[None]:
+    """Eval mode for the time of an attack; every submodule gets its own mode back."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def fooled(logits: Tensor, y: Tensor, targeted: bool) -> Tensor:
+    """Whether each prediction (N, K) is what the attacker wants, (N,): not y, or y if targeted."""
+    hit = logits.argmax(1) == y
+    return hit if targeted else ~hit
+
+
+def attack_loss(logits: Tensor, y: Tensor, loss: str, targeted: bool) -> Tensor:
+    """What the attacker raises, (N,): cross-entropy, or the margin `max_{i≠y} Z_i − Z_y`.
+
+    Cross-entropy vanishes in float32 where logits are large; the margin does not.
+    """
+    if loss == "ce":
+        value = F.cross_entropy(logits, y, reduction="none")
+    elif loss == "margin":
+        own = logits.gather(1, y.unsqueeze(1)).squeeze(1)
+        others = logits.scatter(1, y.unsqueeze(1), -torch.inf)
+        value = others.amax(1) - own
+    else:
+        raise ValueError(f"loss: expected ce or margin, got {loss!r}")
+    return -value if targeted else value
+
+
+def loss_and_gradient(
+    model: Classifier, x: Tensor, y: Tensor, loss: str, targeted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (N, K), loss (N,) and its gradient in x (N, C, H, W), leaving no trace on the model."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        logits = model(x)
+        value = attack_loss(logits, y, loss, targeted)
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+    return logits.detach(), value.detach(), gradient

@@ -1,0 +1,88 @@
+"""Classifiers sized by image shape, their normalisation the first layer, so budgets are in pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ArchitectureConfig:
+    """`cnn`: two strided convolutions of `width` and twice as many channels; `resnet18`: torchvision's."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # read by pipelines.config
+
+    name: Literal["cnn", "resnet18"] = "cnn"
+    width: int = 32
+
+    def __post_init__(self) -> None:
+        if self.name not in ("cnn", "resnet18"):
+            raise ValueError(f"name: expected cnn or resnet18, got {self.name!r}")
+        if self.width < 1:
+            raise ValueError(f"width: expected at least 1, got {self.width}")
+
+
+class ImageClassifier(nn.Module):
+    """Images (N, C, H, W) in [0, 1] to logits (N, K); `features` gives what the last layer sees."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        classes: int,
+        config: ArchitectureConfig,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+    ) -> None:
+        """`mean` and `std` are per channel, (C,), of the training images."""
+        super().__init__()
+        channels = image_shape[0]
+        self.image_shape, self.classes, self.config = tuple(image_shape), classes, config
+        mean = torch.full((channels,), 0.5) if mean is None else mean
+        std = torch.full((channels,), 0.5) if std is None else std
+        self.register_buffer("mean", mean.detach().float().view(1, -1, 1, 1).clone())
+        self.register_buffer("std", std.detach().float().view(1, -1, 1, 1).clone())
+        build = _cnn if config.name == "cnn" else _resnet18
+        self.body, self.head = build(image_shape, classes, config.width)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, F)."""
+        out: Tensor = self.body((x - self.mean) / self.std)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.features(x))
+        return out
+
+
+def _cnn(image_shape: tuple[int, int, int], classes: int, width: int) -> tuple[nn.Module, nn.Linear]:
+    channels, height, image_width = image_shape
+    body = nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(2 * width * (height // 4) * (image_width // 4), 128),
+        nn.ReLU(),
+    )
+    return body, nn.Linear(128, classes)
+
+
+def _resnet18(image_shape: tuple[int, int, int], classes: int, width: int) -> tuple[nn.Module, nn.Linear]:
+    """torchvision's ResNet-18 with the stem of small images: a 3×3 convolution, no pooling."""
+    from torchvision.models import resnet18
+
+    body = resnet18(num_classes=classes)
+    body.conv1 = nn.Conv2d(image_shape[0], 64, 3, padding=1, bias=False)
+    body.maxpool = nn.Identity()
+    head = body.fc
+    body.fc = nn.Identity()
+    return body, head

@@ -1,0 +1,50 @@
+"""Signs that a robustness figure is an artefact of masked gradients, not a defence.
+
+Each check returns one line for every finding, and nothing when all is well (Carlini et al. 2019;
+Athalye, Carlini & Wagner 2018, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from manifold_defense.attacks.objective import evaluation_mode, loss_and_gradient
+from manifold_defense.evaluation.evaluate import Row
+from manifold_defense.types import Classifier
+
+# Weak to strong; a stronger attack may not leave more images robust, beyond one in a hundred.
+_ORDER, _TOLERANCE = ("noise", "fgsm", "pgd"), 0.01
+
+
+def order(rows: Sequence[Row]) -> list[str]:
+    """`noise ≥ fgsm ≥ pgd` in robust accuracy, each attack at its strongest view."""
+    strongest: dict[tuple[str, str | None, float], dict[str, float]] = {}
+    for r in rows:
+        attack = r.attack.removesuffix("-margin")
+        if attack in _ORDER:
+            cell = strongest.setdefault((r.defence, r.norm, r.eps), {})
+            cell[attack] = min(cell.get(attack, 1.0), r.robust_accuracy)
+    findings = []
+    for (defence, norm, eps), cell in strongest.items():
+        present = [name for name in _ORDER if name in cell]
+        for weak, strong in zip(present, present[1:], strict=False):
+            if cell[strong] > cell[weak] + _TOLERANCE:
+                findings.append(
+                    f"{defence}, {norm} {eps:g}: {strong} leaves {cell[strong]:.1%} robust, "
+                    f"more than the weaker {weak} with {cell[weak]:.1%}"
+                )
+    return findings
+
+
+def dead_gradients(name: str, model: Classifier, x: Tensor, y: Tensor) -> list[str]:
+    """Images (N, C, H, W) whose margin has a zero or non-finite gradient under `model`."""
+    with evaluation_mode(model):
+        _, _, gradient = loss_and_gradient(model, x, y, "margin", targeted=False)
+    flat = gradient.flatten(1)
+    dead = (~torch.isfinite(flat).all(1)) | (flat.abs().amax(1) == 0)
+    if not dead.any():
+        return []
+    return [f"{name}: the gradient is zero or not finite on {int(dead.sum())} of {len(x)} images"]

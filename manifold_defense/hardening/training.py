@@ -1,0 +1,112 @@
+"""The one training loop of every classifier: clean, hardened in pixels, hardened on the manifold.
+
+Like the loops in `gan`, it yields after every step and depends on nothing but `state`, the seed
+and the step, so that a restarted run continues bit for bit (on CPU).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from manifold_defense.hardening.objectives import Objective
+
+# Images (N, C, H, W) and labels (N,) of a step, on the model's device.
+LabelledBatches = Callable[[int], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Length, counted in images seen, and pace of a classifier's training (AdamW, one cosine)."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # read by pipelines.config
+
+    images: int = 60_000
+    batch_size: int = 64
+    lr: float = 2e-3
+    weight_decay: float = 1e-4
+    average_half_life: int = 5_000
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch_size", "average_half_life"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr: expected above 0, got {self.lr}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay: expected at least 0, got {self.weight_decay}")
+
+
+class Record(NamedTuple):
+    """What the loop yields after each step: images seen by all processes, and scalars ()."""
+
+    images: int
+    metrics: dict[str, Tensor]
+
+
+def classifier_state(fabric: Fabric, model: nn.Module, config: TrainingConfig) -> dict[str, Any]:
+    """What `fabric.save` and `fabric.load` carry; training starts from the weights of `model`."""
+    model = fabric.to_device(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    return {
+        "model": model,
+        "average": copy.deepcopy(model).eval().requires_grad_(False),
+        "optimizer": fabric.setup_optimizers(optimizer),
+        "step": 0,
+        "images": 0,
+    }
+
+
+def train_classifier(
+    fabric: Fabric,
+    state: dict[str, Any],
+    batches: LabelledBatches,
+    config: TrainingConfig,
+    objective: Objective,
+    seed: int,
+) -> Iterator[Record]:
+    """Train `state["model"]` in place until `config.images` have been seen, yielding after every step.
+
+    `state["average"]` is the exponential mean of the weights, and what one should use afterwards.
+    """
+    model, average, optimizer = state["model"], state["average"], state["optimizer"]
+    model.train()
+    while state["images"] < config.images:
+        progress = state["images"] / config.images
+        x, y = batches(state["step"])
+        # The attack of a step differs between steps and processes, and is the same when resumed.
+        attack_seed = (seed * 1_000_003 + state["step"]) * 1_009 + fabric.global_rank
+        with fabric.autocast():
+            losses = objective(model, x, y, progress=progress, seed=attack_seed)
+        assert losses.shape == y.shape
+        optimizer.zero_grad(set_to_none=True)
+        fabric.backward(losses.mean())
+        for parameter in model.parameters():
+            if fabric.world_size > 1 and parameter.grad is not None:
+                parameter.grad = fabric.all_reduce(parameter.grad, reduce_op="mean")
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        optimizer.step()
+
+        batch = config.batch_size * fabric.world_size
+        state["step"] += 1
+        state["images"] += batch
+        _update_average(average, model, batch, min(config.average_half_life, 0.1 * state["images"]))
+        yield Record(state["images"], {"loss": losses.detach().mean()})
+
+
+@torch.no_grad()
+def _update_average(average: nn.Module, model: nn.Module, batch: int, half_life: float) -> None:
+    decay = 0.5 ** (batch / half_life)
+    for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - decay)
+        else:
+            mean.copy_(value)

@@ -1,0 +1,56 @@
+"""The vocabulary of the defence, and the legend of shape letters used throughout the project.
+
+    N images   R restarts   D latent size   K classes   C channels   H, W pixels   P = C·H·W
+    G generator   E encoder   f classifier   x image   z latent   eps radius of a threat
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+Norm = Literal["linf", "l2"]
+# How the gradient of a projection is taken; "exact" is that of the deployed computation.
+View = Literal["exact", "identity"]
+
+Classifier = Callable[[Tensor], Tensor]  # images (N, C, H, W) in [0, 1] to logits (N, K)
+Encoder = Callable[[Tensor], Tensor]  # images (N, C, H, W) in [0, 1] to latents (N, D)
+Attack = Callable[[Classifier, Tensor, Tensor], Tensor]  # (model, x, y (N,)) to x_adv, shaped as x
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """Latents (N, D), standard normal a priori, to images (N, C, H, W) in [0, 1]."""
+
+    latent_dim: int
+    image_shape: tuple[int, int, int]
+
+    def __call__(self, z: Tensor, /) -> Tensor: ...
+
+
+class Projection(NamedTuple):
+    """The point of the generator's range that a projection found for each image."""
+
+    z: Tensor  # (N, D)
+    image: Tensor  # (N, C, H, W), G(z)
+    error: Tensor  # (N,) mean squared distance to the input, per pixel
+    steps: Tensor  # (N,) generator gradient evaluations spent, all restarts together
+
+
+@dataclass(frozen=True)
+class Threat:
+    """All images within `eps` of the clean one, in pixel units of [0, 1]."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # read by pipelines.config
+
+    norm: Norm = "linf"
+    eps: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("linf", "l2"):
+            raise ValueError(f"norm: expected linf or l2, got {self.norm!r}")
+        if not self.eps > 0:
+            raise ValueError(f"eps: expected above 0, got {self.eps}")

@@ -1,0 +1,1 @@
+"""The commands: configuration, data sets, stages, TensorBoard board, report and export."""

@@ -1,0 +1,60 @@
+"""Pictures for the TensorBoard board and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Strip(NamedTuple):
+    """One row of pictures of the same images, and what the classifier says of each."""
+
+    title: str
+    images: Tensor  # (N, C, H, W) in [0, 1]
+    predictions: Sequence[int]
+
+
+def grid(images: Tensor, columns: int = 8) -> Tensor:
+    """(N, C, H, W) in [0, 1] as one picture (C, H', W')."""
+    from torchvision.utils import make_grid
+
+    return make_grid(images.detach().cpu().clamp(0, 1), nrow=columns, padding=1, pad_value=0.5)
+
+
+def strips(rows: Sequence[Strip], labels: Sequence[int], classes: Sequence[str]) -> Any:
+    """A matplotlib figure: a row per strip, a column per image; wrong predictions in red."""
+    from matplotlib.figure import Figure
+
+    columns = len(labels)
+    figure = Figure(figsize=(1.1 * columns + 1.2, 1.35 * len(rows)), dpi=100, layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for i, strip in enumerate(rows):
+        for j in range(columns):
+            picture = strip.images[j].detach().cpu().permute(1, 2, 0).squeeze(-1)
+            axis = axes[i][j]
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            wrong = strip.predictions[j] != labels[j]
+            axis.set_xlabel(
+                classes[strip.predictions[j]], color="tab:red" if wrong else "black", fontsize=9, labelpad=2
+            )
+        axes[i][0].set_ylabel(strip.title, rotation=0, ha="right", va="center", fontsize=9)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """PNG, whole or not at all."""
+    partial = path.with_suffix(".partial.png")
+    figure.savefig(partial)
+    partial.replace(path)
+
+
+@torch.no_grad()
+def predictions(model: Any, x: Tensor) -> list[int]:
+    """Class indices of images (N, C, H, W)."""
+    return [int(i) for i in model(x).argmax(1)]

@@ -1,0 +1,261 @@
+"""The command `manifold-defense`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+# Kept light: what needs torch is imported when a command runs, so that `--help` answers at once.
+
+
+class _Failure(click.ClickException):
+    """One line on stderr and an exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(" ".join(message.split()))
+        self.exit_code = exit_code
+
+
+class _Group(click.Group):
+    """Turns what users can cause into one line; what only we can cause keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _fail("interrupted; run the same command again to resume", 130)
+        except OSError as error:
+            _fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 1)
+        except Exception as error:
+            code = _exit_code(error)
+            if code is None:
+                raise
+            _fail(str(error) or "interrupted; run the same command again to resume", code)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    raise _Failure(message, code)
+
+
+def _exit_code(error: Exception) -> int | None:
+    from manifold_defense.artifact import ArtifactError
+    from pipelines.config import ConfigError
+    from pipelines.context import Interrupted
+    from pipelines.data import DataError
+    from pipelines.purify import PurifyError
+    from pipelines.stage import StageError
+
+    if isinstance(error, ConfigError):
+        return 2
+    if isinstance(error, Interrupted):
+        return 130
+    if isinstance(error, (StageError, DataError, ArtifactError, PurifyError)):
+        return 1
+    return None
+
+
+def _quiet() -> None:
+    """Other libraries' advice is not our users' business; DataLoader hints and the like stay out."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    for name in ("lightning_fabric", "lightning_utilities", "torch", "matplotlib", "PIL"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(lightning_|torch|tensorboard)")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="manifold-defense")
+def main() -> None:
+    """A generative-manifold defence for image classifiers, and what it is worth.
+
+    Without a file, every command works on the embedded digits. Results lie in runs/NAME; to resume
+    an interrupted command, run it again.
+    """
+    _quiet()
+
+
+def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--run", "run_name", metavar="NAME", help="Folder of the run below runs/."),
+        click.option(
+            "--set",
+            "settings",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Override one setting, such as gan.images=200_000; repeatable.",
+        ),
+        click.option(
+            "--config",
+            "config_file",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="FILE",
+            help="TOML file of settings; see configs/.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _load(config_file: Path | None, settings: tuple[str, ...], run_name: str | None) -> Any:
+    from pipelines.config import load_config
+
+    return load_config(config_file, settings, run_name)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120, soft_wrap=False)
+
+
+@main.command()
+@_config_options
+def config(config_file: Path | None, settings: tuple[str, ...], run_name: str | None) -> None:
+    """Print the resolved configuration, as a TOML file that can be used again."""
+    from pipelines.config import to_toml
+
+    click.echo(to_toml(_load(config_file, settings, run_name)), nl=False)
+
+
+@main.command()
+@_config_options
+def stages(config_file: Path | None, settings: tuple[str, ...], run_name: str | None) -> None:
+    """Show which stages of a run are cached, stale, unfinished or missing."""
+    from rich.table import Table
+
+    from pipelines.run import statuses
+    from pipelines.stages import STAGES
+
+    console, config = _console(), _load(config_file, settings, run_name)
+    table = Table(title=f"run {config.run}", title_justify="left")
+    for column in ("stage", "state", "seconds", "what", "why"):
+        table.add_column(column, justify="right" if column == "seconds" else "left")
+    for name, (folder, plan, status) in statuses(config).items():
+        facts = folder.facts()
+        why = plan.difference(facts) if status == "stale" and facts else ""
+        seconds = f"{facts['seconds']:.0f}" if facts and status in ("cached", "stale") else ""
+        table.add_row(name, status, seconds, STAGES[name].summary, why)
+    console.print(table)
+
+
+def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")(command)
+    return _config_options(command)
+
+
+@main.command()
+@click.argument("until", required=False, metavar="[STAGE]")
+@click.option("--force", is_flag=True, help="Replace results that were made with other settings.")
+@_run_options
+def run(
+    until: str | None,
+    force: bool,
+    dry_run: bool,
+    config_file: Path | None,
+    settings: tuple[str, ...],
+    run_name: str | None,
+) -> None:
+    """Run the pipeline, up to STAGE if one is named, and show the results."""
+    from pipelines.run import run_stages, upstream
+    from pipelines.stages import STAGES
+
+    config = _load(config_file, settings, run_name)
+    if until is not None and until not in STAGES:
+        raise click.UsageError(f"no stage {until!r}; expected one of {', '.join(STAGES)}")
+    names = upstream(until, config) if until else list(STAGES)
+    console = _console()
+    if dry_run:
+        _show_intentions(console, config, names, force, remake=False)
+        return
+    run_stages(config, names, console, force=force)
+    if "evaluate" in names:
+        _show_results(console, config, with_report="report" in names)
+
+
+def _show_intentions(console: Any, config: Any, names: list[str], force: bool, *, remake: bool) -> None:
+    from pipelines.run import intention, statuses
+
+    found = statuses(config)
+    for name in names:
+        folder, plan, status = found[name]
+        doing = intention(name, folder, plan, status, force)
+        console.print(f"{name}: {'make anew' if remake and doing == 'cached' else doing}", highlight=False)
+
+
+def _show_results(console: Any, config: Any, *, with_report: bool) -> None:
+    from pipelines.report import print_results
+    from pipelines.stage import RUNS
+
+    folder = RUNS / config.run
+    print_results(console, json.loads((folder / "evaluate" / "stage.json").read_text())["metrics"])
+    if with_report:
+        console.print(f"report: {folder / 'report' / 'report.md'}", highlight=False, soft_wrap=True)
+
+
+@main.command("filter")
+@click.argument("source", metavar="INPUT", type=click.Path(path_type=Path))
+@click.argument("target", metavar="OUTPUT", type=click.Path(path_type=Path))
+@click.option("--filter", "folder", type=click.Path(path_type=Path), metavar="FOLDER", help="An exported filter.")
+@click.option("--force", is_flag=True, help="Write into a folder that is not empty.")
+@click.option("--run", "run_name", metavar="NAME", help="Use the filter that this run exported (default: digits).")
+def filter_command(source: Path, target: Path, folder: Path | None, force: bool, run_name: str | None) -> None:
+    """Purify an image, or a folder tree of images, and list each one's error in OUTPUT/errors.csv."""
+    from manifold_defense.artifact import load_filter
+    from pipelines.purify import purify
+    from pipelines.stage import RUNS
+
+    if folder is not None and run_name is not None:
+        raise click.UsageError("--filter and --run name two filters; give one of them")
+    loaded = load_filter(folder or RUNS / (run_name or "digits") / "export" / "filter")
+    result = purify(loaded, source, target, force=force)
+    console = _console()
+    console.print(f"{result.written} written to {target}", highlight=False, soft_wrap=True)
+    if result.unreadable:
+        _fail(f"{len(result.unreadable)} unreadable: {', '.join(result.unreadable[:5])}", 1)
+
+
+def _add_stage_command(name: str, summary: str) -> None:
+    @main.command(name, help=f"Stage: {summary}.")
+    @click.option("--force", is_flag=True, help="Make the stage anew, whatever there is.")
+    @_run_options
+    def command(
+        force: bool,
+        dry_run: bool,
+        config_file: Path | None,
+        settings: tuple[str, ...],
+        run_name: str | None,
+    ) -> None:
+        from pipelines.run import run_stages
+
+        config, console = _load(config_file, settings, run_name), _console()
+        if dry_run:
+            _show_intentions(console, config, [name], force, remake=force)
+            return
+        run_stages(config, [name], console, force=force, remake=force)
+        if name == "evaluate":
+            _show_results(console, config, with_report=False)
+
+
+for _name, _summary in (
+    ("train-gan", "train generator, critic and joint encoder"),
+    ("train-encoder", "fit the encoder to the finished generator"),
+    ("train-classifier", "train the classifier on clean images"),
+    ("project", "project test images and measure the generator"),
+    ("harden", "train the classifier adversarially"),
+    ("evaluate", "attack every defence in every view"),
+    ("report", "write tables and pictures"),
+    ("export", "write the deployable filter and classifiers"),
+):
+    _add_stage_command(_name, _summary)
+
+
+if __name__ == "__main__":
+    main()

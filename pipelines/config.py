@@ -1,0 +1,247 @@
+"""The configuration of a run: dataclasses composed, read from TOML, validated with pydantic.
+
+Defaults describe the `digits` run. A file overrides them, `--set key=value` overrides the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from gan.inversion import EncoderConfig
+from gan.training import GanConfig
+from manifold_defense.classifiers import ArchitectureConfig
+from manifold_defense.evaluation import AttackConfig
+from manifold_defense.hardening.training import TrainingConfig
+from manifold_defense.projection import ProjectionConfig
+from manifold_defense.types import Norm, Threat
+from pipelines.data import DataConfig
+
+_STRICT = {"extra": "forbid"}
+
+
+class ConfigError(Exception):
+    """One line that names the file or option, the key, and what was expected."""
+
+
+@dataclass(frozen=True)
+class FabricConfig:
+    """Devices, processes and precision, as Lightning Fabric names them. Never part of a result's identity."""
+
+    __pydantic_config__ = _STRICT
+
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    strategy: str = "auto"
+    num_nodes: int = 1
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """The classifier to defend, and its training on clean images."""
+
+    __pydantic_config__ = _STRICT
+
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+@dataclass(frozen=True)
+class ProjectStageConfig:
+    """The stage `project`: how well test images are projected, clean and attacked with PGD.
+
+    `images` 0 takes all test images; the attack knows nothing of the filter.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    images: int = 0
+    threat: Threat = field(default_factory=lambda: Threat("linf", 0.15))
+
+    def __post_init__(self) -> None:
+        if self.images < 0:
+            raise ValueError(f"images: expected at least 0 (all), got {self.images}")
+
+
+@dataclass(frozen=True)
+class HardenConfig:
+    """How the hardened classifier is trained, starting from the clean one.
+
+    objective    pgd: adversarial training in pixels; latent: on the manifold; clean: the control
+    norm, eps    the ball of pgd; eps of latent is in units of the prior's standard deviation
+    steps        gradient steps of the inner attack
+    clean_share  weight of the clean loss beside the adversarial one
+    ramp         share of the training over which the radius of pgd grows to eps
+    """
+
+    __pydantic_config__ = _STRICT
+
+    objective: Literal["pgd", "latent", "clean"] = "pgd"
+    norm: Norm = "linf"
+    eps: float = 0.15
+    steps: int = 5
+    clean_share: float = 0.0
+    ramp: float = 0.3
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(images=60_000))
+
+    def __post_init__(self) -> None:
+        if not self.eps > 0:
+            raise ValueError(f"eps: expected above 0, got {self.eps}")
+        if self.steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {self.steps}")
+        for name in ("clean_share", "ramp"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected in [0, 1], got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured: every attack on every defence for every threat, on `images` test images (0: all)."""
+
+    __pydantic_config__ = _STRICT
+
+    images: int = 0
+    batch_size: int = 250
+    threats: tuple[Threat, ...] = (Threat("linf", 0.15), Threat("l2", 1.0))
+    attacks: tuple[AttackConfig, ...] = (
+        AttackConfig("noise", steps=10),
+        AttackConfig("fgsm"),
+        AttackConfig("pgd", steps=40),
+        AttackConfig("pgd", steps=40, loss="margin", views=("exact",)),
+        AttackConfig("cw", steps=50, restarts=4, views=("unaware", "identity")),
+    )
+
+    def __post_init__(self) -> None:
+        if self.images < 0 or self.batch_size < 1:
+            raise ValueError(
+                f"expected images ≥ 0 and batch_size ≥ 1, got {self.images} and {self.batch_size}"
+            )
+        if not self.threats or not self.attacks:
+            raise ValueError("expected at least one threat and one attack")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on; `run` names its folder below `runs/`."""
+
+    __pydantic_config__ = _STRICT
+
+    run: str = "digits"
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    fabric: FabricConfig = field(default_factory=FabricConfig)
+    gan: GanConfig = field(default_factory=GanConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+    project: ProjectStageConfig = field(default_factory=ProjectStageConfig)
+    harden: HardenConfig = field(default_factory=HardenConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        if not self.run or Path(self.run).name != self.run or self.run.startswith("."):
+            raise ValueError(f"run: expected a plain folder name, got {self.run!r}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed: expected in [0, 2³¹), got {self.seed}")
+
+
+def load_config(file: Path | None = None, settings: Iterable[str] = (), run: str | None = None) -> Config:
+    """Defaults, overridden by a TOML file, by `key=value` settings and by the run's name.
+
+    Raises ConfigError for anything unknown, mistyped or out of range.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: not TOML: {error}") from None
+        _validate(values, str(file))
+    for setting in settings:
+        _apply(values, setting)
+        _validate(values, f"--set {setting}")
+    if run is not None:
+        values["run"] = run
+    return _validate(values, f"--run {run}" if run is not None else "defaults")
+
+
+def _apply(values: dict[str, Any], setting: str) -> None:
+    """Write `a.b=value` into nested tables; the value is TOML, or a bare string."""
+    key, equals, text = setting.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {setting}: expected KEY=VALUE, such as gan.images=200_000")
+    *tables, last = key.strip().split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {setting}: {table} is not a table")
+    try:
+        values[last] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        values[last] = text
+
+
+def _validate(values: dict[str, Any], source: str) -> Config:
+    try:
+        return TypeAdapter(Config).validate_python(values)
+    except ValidationError as error:
+        # All problems of a file at once would be several lines; the first one is where to begin.
+        raise ConfigError(f"{source}: {_explain(error.errors()[0])}") from None
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "unexpected_keyword_argument":
+        close = difflib.get_close_matches(key, known_keys(), n=1)
+        return f"unknown key {key}" + (f"; did you mean {close[0]}?" if close else "")
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message
+
+
+def known_keys(kind: Any = Config, prefix: str = "") -> list[str]:
+    """Dotted names of all keys, tables included."""
+    instance = kind() if isinstance(kind, type) else kind
+    keys = []
+    for item in dataclasses.fields(instance):
+        name = f"{prefix}{item.name}"
+        keys.append(name)
+        value = getattr(instance, item.name)
+        if dataclasses.is_dataclass(value):
+            keys += known_keys(value, f"{name}.")
+    return keys
+
+
+def to_toml(config: Any, table: str = "") -> str:
+    """A resolved configuration as TOML that `load_config` reads back to the same value."""
+    scalars, tables = [], []
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        name = f"{table}.{item.name}" if table else item.name
+        if dataclasses.is_dataclass(value):
+            tables.append(f"\n[{name}]\n{to_toml(value, name)}")
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            tables += [f"\n[[{name}]]\n{to_toml(entry, name)}" for entry in value]
+        else:
+            scalars.append(f"{item.name} = {_toml_value(value)}\n")
+    return "".join(scalars + tables)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(entry) for entry in value) + "]"
+    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{text}"'

@@ -1,0 +1,140 @@
+"""Run stages in order: skip what is finished, refuse what is stale, resume what was interrupted."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipelines.config import Config
+from pipelines.context import Context, Workshop, make_fabric
+from pipelines.stage import RUNS, Plan, StageError, StageFolder, Status, make_plans
+from pipelines.stages import STAGES
+
+
+def upstream(target: str, config: Config) -> list[str]:
+    """`target` and all it needs, in order."""
+    wanted = {target}
+    for stage in reversed(STAGES.values()):
+        if stage.name in wanted:
+            wanted |= set(stage.inputs(config))
+    return [name for name in STAGES if name in wanted]
+
+
+def statuses(config: Config) -> dict[str, tuple[StageFolder, Plan, Status]]:
+    """Every stage's folder, plan and state under this configuration."""
+    found = {}
+    for name, plan in make_plans(STAGES, config).items():
+        folder = StageFolder(RUNS / config.run, name)
+        found[name] = (folder, plan, folder.status(plan))
+    return found
+
+
+def intention(name: str, folder: StageFolder, plan: Plan, status: Status, force: bool) -> str:
+    """What a run would do with a stage, in words; raises StageError where it would refuse."""
+    if status == "cached":
+        return "cached"
+    if status == "stale" and not force:
+        facts = folder.facts()
+        assert facts is not None
+        raise StageError(
+            f"{name}: {folder.done} was made with other settings: {plan.difference(facts)}; "
+            "--force makes it anew, --run NAME keeps both"
+        )
+    begun = folder.begun()
+    if begun is not None and begun.get("fingerprint") == plan.fingerprint:
+        return "resume"
+    if begun is not None and not force:
+        raise StageError(
+            f"{folder.part}: unfinished work with other settings: {plan.difference(begun)}; --force discards it"
+        )
+    return {"stale": "make anew", "unfinished": "start again", "missing": "run"}[status]
+
+
+def run_stages(
+    config: Config, names: Sequence[str], console: Console, *, force: bool = False, remake: bool = False
+) -> None:
+    """Bring the stages `names` up to date, in order.
+
+    `force` replaces results of other settings; `remake` makes even an equal, finished stage again.
+    All refusals come before any work is done.
+    """
+    before = statuses(config)
+    for name in names:
+        folder, plan, status = before[name]
+        intention(name, folder, plan, status, force)
+        for needed in plan.inputs:
+            if needed not in names and before[needed][2] != "cached":
+                raise StageError(
+                    f"{name} needs {needed}, which is {before[needed][2]}: "
+                    f"run `manifold-defense {needed}` or `manifold-defense run {name}` first"
+                )
+
+    todo = [name for name in names if before[name][2] != "cached" or remake]
+    for name in names:
+        if name not in todo:
+            console.print(f"{name}: cached", highlight=False)
+        if name in todo:
+            break
+    if not todo:
+        return
+    fabric = make_fabric(config.fabric)
+    if not fabric.is_global_zero:
+        console.quiet = True
+    shop = Workshop(config, fabric, console)
+    with _lock(RUNS / config.run, fabric.is_global_zero):
+        for name in names[names.index(todo[0]) :]:
+            folder, plan, _ = before[name]
+            if name in todo:
+                _run_stage(shop, name, folder, plan, force=force or remake)
+            else:
+                console.print(f"{name}: cached", highlight=False)
+
+
+def _run_stage(shop: Workshop, name: str, folder: StageFolder, plan: Plan, *, force: bool) -> None:
+    fabric, console = shop.fabric, shop.console
+    if fabric.is_global_zero and not folder.open(plan, force=force):
+        console.print(f"{name}: {STAGES[name].summary} …", highlight=False)
+    fabric.barrier()
+    inputs = {needed: folder.run / needed for needed in plan.inputs}
+    context = Context(shop, name, folder.part, inputs)
+    started = time.perf_counter()
+    try:
+        metrics = STAGES[name].run(context)
+    finally:
+        context.close()
+    fabric.barrier()
+    seconds = time.perf_counter() - started
+    if fabric.is_global_zero:
+        folder.commit(plan, metrics, seconds)
+        console.print(f"{name}: done in {seconds:.0f} s{_figures(metrics)}", highlight=False)
+    fabric.barrier()
+
+
+def _figures(metrics: dict[str, Any]) -> str:
+    """The few scalars worth a line."""
+    shown = ("encoder_error", "test_accuracy", "pgd20_accuracy", "clean_error", "accuracy_on_projection")
+    parts = [
+        f"{name.replace('_', ' ')} {metrics[name]:.4g}" for name in shown if metrics.get(name) is not None
+    ]
+    return ", " + ", ".join(parts) if parts else ""
+
+
+@contextmanager
+def _lock(folder: Path, main: bool) -> Iterator[None]:
+    """Two commands at work on one run would overwrite each other."""
+    if not main:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StageError(f"{folder}: another command is at work on this run") from None
+        yield

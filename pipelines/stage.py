@@ -1,0 +1,201 @@
+"""Stages and their folders: what is finished, what is stale, and how a result comes into being whole.
+
+`runs/NAME/STAGE/` holds a finished stage, `runs/NAME/STAGE.part/` one at work. A stage's identity is
+its fingerprint: name, version, the config sections that it declares, and its inputs' fingerprints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipelines.config import Config
+from pipelines.data import data_digest
+
+if TYPE_CHECKING:
+    from pipelines.context import Context
+
+RUNS = Path("runs")
+FACTS, PLAN = "stage.json", "plan.json"
+Status = Literal["cached", "stale", "unfinished", "missing"]
+
+
+class StageError(Exception):
+    """A stage cannot be run as asked; one line that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`run(context)` does the work in `context.folder` and returns the metrics for `stage.json`."""
+
+    name: str
+    version: int
+    summary: str
+    sections: tuple[str, ...]
+    inputs: Callable[[Config], tuple[str, ...]]
+    run: Callable[[Context], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage would be made of under one configuration."""
+
+    stage: str
+    version: int
+    config: Mapping[str, Any]  # dotted key -> value, of the declared sections
+    inputs: Mapping[str, str]  # input stage -> fingerprint
+
+    @property
+    def fingerprint(self) -> str:
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def difference(self, facts: Mapping[str, Any]) -> str:
+        """The first thing in which a finished (or begun) stage differs from this plan, in words."""
+        if facts.get("version") != self.version:
+            return f"it was made by version {facts.get('version')} of the stage, this is {self.version}"
+        before = facts.get("config", {})
+        wanted = json.loads(json.dumps(dict(self.config), default=str))
+        for key in sorted({*before, *wanted}, key=lambda k: (list(wanted).index(k) if k in wanted else -1)):
+            if before.get(key) != wanted.get(key):
+                return f"{key} was {before.get(key)!r}, is {wanted.get(key)!r}"
+        for name, fingerprint in self.inputs.items():
+            if facts.get("inputs", {}).get(name) != fingerprint:
+                return f"its input {name} has changed"
+        return "its inputs have changed"
+
+
+def make_plans(stages: Mapping[str, Stage], config: Config) -> dict[str, Plan]:
+    """The plan of every stage; input stages stand before their users."""
+    digest = data_digest(config.data)
+    plans: dict[str, Plan] = {}
+    for stage in stages.values():
+        values: dict[str, Any] = {}
+        for section in stage.sections:
+            values |= _flatten(section, getattr(config, section))
+            if section == "data":
+                # Where the data lies is no part of what they are.
+                values.pop("data.root", None)
+                values["data.digest"] = digest
+        inputs = {name: plans[name].fingerprint for name in stage.inputs(config)}
+        plans[stage.name] = Plan(stage.name, stage.version, values, inputs)
+    return plans
+
+
+def _flatten(prefix: str, value: Any) -> dict[str, Any]:
+    if not dataclasses.is_dataclass(value):
+        if isinstance(value, tuple):
+            value = [dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for v in value]  # type: ignore[arg-type]
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(value):
+        flat |= _flatten(f"{prefix}.{item.name}", getattr(value, item.name))
+    return flat
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """The two folders of a stage in a run, and the moves between them."""
+
+    run: Path
+    name: str
+
+    @property
+    def done(self) -> Path:
+        return self.run / self.name
+
+    @property
+    def part(self) -> Path:
+        return self.run / f"{self.name}.part"
+
+    def facts(self) -> dict[str, Any] | None:
+        """What `stage.json` of the finished stage says; None if there is none."""
+        return _read(self.done / FACTS)
+
+    def begun(self) -> dict[str, Any] | None:
+        return _read(self.part / PLAN)
+
+    def status(self, plan: Plan) -> Status:
+        facts, begun = self.facts(), self.begun()
+        if facts is not None:
+            if facts.get("fingerprint") == plan.fingerprint:
+                return "cached"
+            if begun is None or begun.get("fingerprint") != plan.fingerprint:
+                return "stale"
+        return "unfinished" if begun is not None or self.part.exists() else "missing"
+
+    def open(self, plan: Plan, *, force: bool) -> bool:
+        """Make the work folder ready; True if work that was begun under the same plan is resumed."""
+        begun = self.begun()
+        if begun is not None and begun.get("fingerprint") == plan.fingerprint:
+            return True
+        if begun is not None and not force:
+            raise StageError(
+                f"{self.part}: unfinished work with other settings: {plan.difference(begun)}; "
+                "--force discards it"
+            )
+        if self.part.exists():
+            shutil.rmtree(self.part)
+        self.part.mkdir(parents=True)
+        write_json(self.part / PLAN, {**dataclasses.asdict(plan), "fingerprint": plan.fingerprint})
+        return False
+
+    def commit(self, plan: Plan, metrics: Mapping[str, Any], seconds: float) -> None:
+        """Turn the work folder into the finished stage, in one rename."""
+        facts = {
+            **dataclasses.asdict(plan),
+            "fingerprint": plan.fingerprint,
+            "versions": _versions(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": round(seconds, 2),
+            "metrics": dict(metrics),
+        }
+        write_json(self.part / FACTS, facts)
+        for leftover in ("state.ckpt", PLAN):
+            (self.part / leftover).unlink(missing_ok=True)
+        old = self.run / f"{self.name}.old"
+        if old.exists():
+            shutil.rmtree(old)
+        if self.done.exists():
+            os.replace(self.done, old)
+        os.replace(self.part, self.done)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise StageError(f"{path}: damaged ({error}); delete {path.parent} to make it anew") from None
+    if not isinstance(value, dict):
+        raise StageError(f"{path}: expected a JSON object; delete {path.parent} to make it anew")
+    return value
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("manifold-defense", "torch", "torchvision", "lightning-fabric"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,33 @@
+"""Stage `export`: folders to deploy: the filter, the classifier, the hardened classifier."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from manifold_defense.artifact import load_classifier, load_filter, load_gan, save_classifier, save_filter
+from manifold_defense.filter import ManifoldFilter
+from pipelines.context import Context
+from pipelines.stage import StageError
+
+
+def run(context: Context) -> dict[str, Any]:
+    if not context.main:
+        return {}
+    generator, encoder = load_gan(context.inputs["train-encoder"])
+    filter = ManifoldFilter(generator, encoder, context.config.projection)
+    save_filter(filter, context.folder / "filter")
+    for name, source in (("classifier", "train-classifier"), ("hardened", "harden")):
+        names = json.loads((context.inputs[source] / "classifier.json").read_text())["class_names"]
+        model = load_classifier(context.inputs[source])
+        save_classifier(model, context.folder / name, class_names=tuple(names))
+
+    # What was written must do what was measured.
+    x, _ = context.test_images(8)
+    x = x.cpu()
+    if not torch.equal(load_filter(context.folder / "filter")(x), filter(x)):
+        raise StageError(f"{context.folder / 'filter'}: the exported filter differs from the run's")
+    size = sum(f.stat().st_size for f in (context.folder / "filter").iterdir())
+    return {"filter_bytes": size}

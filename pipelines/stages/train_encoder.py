@@ -1,0 +1,45 @@
+"""Stage `train-encoder`: fit the encoder to the finished generator, from the joint one if there is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gan.inversion import encoder_state, train_encoder
+from gan.networks import Encoder
+from gan.optimisation import seeded
+from manifold_defense.artifact import load_gan, save_gan
+from pipelines.board import grid
+from pipelines.context import Context
+
+
+def run(context: Context) -> dict[str, Any]:
+    config, fabric, seed = context.config.encoder, context.fabric, context.config.seed
+    generator, encoder = load_gan(context.inputs["train-gan"])
+    if encoder is None:
+        fresh = seeded(seed, lambda: Encoder(generator.image_shape, generator.config))
+        assert isinstance(fresh, Encoder)
+        encoder = fresh
+    generator = fabric.to_device(generator.eval().requires_grad_(False))
+    state = encoder_state(fabric, encoder, config)
+    context.resume(state)
+
+    average = state["encoder_average"]
+    x, _ = context.test_images(500)
+
+    @torch.no_grad()
+    def picture(images: int) -> None:
+        reconstructions = generator(average(x[:32]))
+        pairs = torch.stack([x[:32], reconstructions], 1).flatten(0, 1)
+        context.board.add_image("test images and G(E(x))", grid(pairs, 16), images)
+        error = (generator(average(x)) - x).square().mean()
+        context.board.add_scalar("test_reconstruction_error", float(error), images)
+
+    batches = context.image_batches(config.batch_size)
+    loop = train_encoder(fabric, state, generator, batches, config, seed)
+    context.train(loop, state, config.images, picture)
+    if context.main:
+        save_gan(generator, average, context.folder)
+    with torch.no_grad():
+        return {"encoder_error": float((generator(average(x)) - x).square().mean())}

@@ -1,0 +1,509 @@
+"""One table drives all attacks through the properties that every attack has.
+
+Beside it the closed forms on linear models: FGSM and PGD end in `x + eps·sign(w)` and
+`x + eps·w/‖w‖`, C&W at the distance `|m|/‖w‖` of the decision boundary.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from manifold_defense.attacks import GEOMETRIES, cw, fgsm, geometry, latent_attack, noise, pgd
+from manifold_defense.attacks.objective import attack_loss, evaluation_mode, fooled
+
+LINF, L2 = {"norm": "linf", "eps": 0.1}, {"norm": "l2", "eps": 0.8}
+ATTACKS = {
+    "noise-linf": partial(noise, **LINF, draws=6),
+    "noise-l2": partial(noise, **L2, draws=6),
+    "fgsm-linf": partial(fgsm, **LINF),
+    "fgsm-l2": partial(fgsm, **L2),
+    "fgsm-margin": partial(fgsm, **LINF, loss="margin"),
+    "pgd-linf": partial(pgd, **LINF, steps=5),
+    "pgd-l2": partial(pgd, **L2, steps=5),
+    "pgd-linf-margin": partial(pgd, **LINF, steps=5, loss="margin"),
+    "pgd-l2-margin": partial(pgd, **L2, steps=5, loss="margin"),
+    "pgd-restarts": partial(pgd, **LINF, steps=3, restarts=3),
+    "pgd-one-step": partial(pgd, **LINF, steps=1),
+    "pgd-from-x": partial(pgd, **L2, steps=5, random_start=False),
+    "pgd-transfer": partial(pgd, **LINF, steps=5, stop_early=False),
+    "cw": partial(cw, **L2, steps=20, searches=3, initial_weight=10.0),
+}
+SEEDED = [name for name in ATTACKS if name.startswith("noise") or ("pgd" in name and "from-x" not in name)]
+every_attack = pytest.mark.parametrize("name", ATTACKS)
+every_number_of_classes = pytest.mark.parametrize("classes", [2, 3, 5])
+
+
+def network(classes: int, seed: int = 0) -> nn.Module:
+    """With dropout and batch statistics, in train mode: an attack must see neither and change neither."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.LeakyReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.5),
+            nn.Linear(256, classes),
+        )
+    with torch.no_grad():
+        model[-1].weight *= 4
+        model[1].running_mean += 0.1
+    return model
+
+
+def images(n: int = 12, seed: int = 0) -> Tensor:
+    """(N, 1, 8, 8) with many pixels exactly 0 or 1, as in real images."""
+    return (torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) * 1.6 - 0.3).clamp(0, 1)
+
+
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    """(N, K) in eval mode."""
+    with evaluation_mode(model), torch.no_grad():
+        return model(x)
+
+
+def problem(classes: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """Two thirds of the images are classified correctly, the rest wrongly."""
+    model, x = network(classes), images()
+    y = logits_of(model, x).argmax(1)
+    y[8:] = (y[8:] + 1) % classes
+    return model, x, y
+
+
+def distance(name: str, x_adv: Tensor, x: Tensor) -> Tensor:
+    return geometry(ATTACKS[name].keywords["norm"]).size(x_adv - x)
+
+
+@every_attack
+@every_number_of_classes
+@pytest.mark.parametrize("targeted", [False, True])
+def test_inside_the_ball_and_the_box(name: str, classes: int, targeted: bool) -> None:
+    model, x, y = problem(classes)
+    x_adv = ATTACKS[name](model, x, y, targeted=targeted)
+    assert x_adv.shape == x.shape
+    assert x_adv.dtype == x.dtype
+    assert not x_adv.requires_grad
+    assert (x_adv >= 0).all()
+    assert (x_adv <= 1).all()
+    assert (distance(name, x_adv, x) <= ATTACKS[name].keywords["eps"] + 1e-6).all()
+    assert not torch.equal(x_adv, x)
+
+
+@every_attack
+@every_number_of_classes
+@pytest.mark.parametrize("targeted", [False, True])
+def test_never_lowers_the_loss(name: str, classes: int, targeted: bool) -> None:
+    """Of images that the model gets right, in the loss that the attack raises.
+
+    One step of FGSM may, on a curved model; it is held to it on a linear one below.
+    """
+    model, x, y = problem(classes)
+    loss = ATTACKS[name].keywords.get("loss", "ce" if name.startswith("pgd") else "margin")
+    before = logits_of(model, x)
+    after = logits_of(model, ATTACKS[name](model, x, y, targeted=targeted))
+    waiting = ~fooled(before, y, targeted)
+    gain = attack_loss(after, y, loss, targeted) - attack_loss(before, y, loss, targeted)
+    if not name.startswith("fgsm"):
+        assert (gain[waiting] >= -1e-5).all(), gain[waiting].min()
+    if not name.startswith("noise"):
+        assert fooled(after, y, targeted).float().mean() > fooled(before, y, targeted).float().mean()
+
+
+@every_attack
+@pytest.mark.parametrize("targeted", [False, True])
+def test_what_is_fooled_stays_fooled(name: str, targeted: bool) -> None:
+    model, x, y = problem(3)
+    wanted = fooled(logits_of(model, x), y, targeted)
+    assert wanted.any()
+    assert fooled(logits_of(model, ATTACKS[name](model, x, y, targeted=targeted)), y, targeted)[wanted].all()
+
+
+@every_attack
+def test_the_same_again(name: str) -> None:
+    model, x, y = problem(3)
+    before = torch.get_rng_state()
+    first = ATTACKS[name](model, x, y)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(123)
+    assert torch.equal(first, ATTACKS[name](model, x, y))
+    torch.set_rng_state(before)
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_another_seed_is_another_attack(name: str) -> None:
+    model, x, y = problem(3)
+    assert torch.equal(ATTACKS[name](model, x, y, seed=0), ATTACKS[name](model, x, y))
+    assert not torch.equal(ATTACKS[name](model, x, y, seed=1), ATTACKS[name](model, x, y))
+
+
+@every_attack
+@pytest.mark.parametrize("host", [torch.enable_grad, torch.no_grad])
+def test_nothing_is_left_behind(name: str, host: Any) -> None:
+    model, x, y = problem(3)
+    model[3].eval()  # a mixed state, so that a blanket train() shows
+    model[0].weight.requires_grad_(False)
+    model[5].bias.grad = torch.ones(3)
+    seen = []
+    model[4].register_forward_hook(lambda module, *_: seen.append(module.training))
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    x.requires_grad_(True)
+    x_before, y_before = x.detach().clone(), y.clone()
+    with host():
+        ATTACKS[name](model, x, y)
+    assert [module.training for module in model] == [True, True, True, False, True, True]
+    assert model.training
+    assert seen
+    assert not any(seen)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == [False] + [True] * 5
+    assert torch.equal(model[5].bias.grad, torch.ones(3))
+    assert all(p.grad is None for p in model.parameters() if p is not model[5].bias)
+    assert x.grad is None
+    assert torch.equal(x, x_before)
+    assert torch.equal(y, y_before)
+
+
+def test_modes_come_back_after_an_error() -> None:
+    model = network(3)
+    model.append(nn.Linear(7, 7))  # does not fit
+    with pytest.raises(RuntimeError):
+        pgd(model, images(), torch.zeros(12, dtype=torch.long))
+    assert all(module.training for module in model.modules())
+
+
+@every_attack
+def test_double_precision(name: str) -> None:
+    model, x, y = problem(3)
+    x_adv = ATTACKS[name](model.double(), x.double(), y)
+    assert x_adv.dtype == torch.float64
+    assert (distance(name, x_adv, x.double()) <= ATTACKS[name].keywords["eps"] + 1e-6).all()
+
+
+@every_attack
+def test_logits_in_half_precision(name: str) -> None:
+    """As a model under autocast gives them."""
+    model, x, y = problem(3)
+    x_adv = ATTACKS[name](lambda x: model.eval()(x).bfloat16(), x, y)
+    assert x_adv.dtype == torch.float32
+
+
+@every_attack
+def test_no_images(name: str) -> None:
+    model, x, y = problem(3)
+    assert ATTACKS[name](model, x[:0], y[:0]).shape == (0, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in ATTACKS if not name.startswith("noise") and name not in SEEDED]
+)
+def test_an_image_is_attacked_as_if_alone(name: str) -> None:
+    model, x, y = problem(3)
+    together = ATTACKS[name](model, x, y)
+    for i in range(3):
+        torch.testing.assert_close(ATTACKS[name](model, x[i : i + 1], y[i : i + 1])[0], together[i])
+
+
+@pytest.mark.parametrize("name", ["fgsm-linf", "pgd-linf", "pgd-l2", "pgd-l2-margin", "cw"])
+def test_a_target_is_reached(name: str) -> None:
+    """With a large budget every image becomes every class, and untargeted the opposite of it."""
+    model, x, y = problem(3)
+    big = {"eps": 0.5 if "linf" in name else 6.0}
+    big |= {"steps": 60} if not name.startswith("fgsm") else {}
+    for target in range(3):
+        goal = torch.full_like(y, target)
+        predictions = logits_of(model, ATTACKS[name](model, x, goal, targeted=True, **big)).argmax(1)
+        assert (predictions == goal).float().mean() > (0.6 if name.startswith("fgsm") else 0.99)
+        away = logits_of(model, ATTACKS[name](model, x, goal, **big)).argmax(1)
+        assert (away == goal).float().mean() < 0.2
+
+
+@pytest.mark.parametrize("attack", [noise, fgsm, pgd])
+def test_an_unknown_norm_is_refused(attack: Any) -> None:
+    with pytest.raises(ValueError, match=r"^norm: expected one of linf, l2, got 'l1'"):
+        attack(network(3), images(), torch.zeros(12, dtype=torch.long), norm="l1")
+
+
+@pytest.mark.parametrize(
+    ("attack", "keywords", "words"),
+    [
+        (cw, {"norm": "linf"}, "expected norm l2"),
+        (pgd, {"eps": -0.1}, "eps ≥ 0"),
+        (pgd, {"eps": float("nan")}, "eps ≥ 0"),
+        (pgd, {"steps": 0}, "steps ≥ 1"),
+        (pgd, {"restarts": 0}, "restarts ≥ 1"),
+        (pgd, {"loss": "dlr"}, "loss: expected ce or margin"),
+        (fgsm, {"loss": "dlr"}, "loss: expected ce or margin"),
+    ],
+)
+def test_bad_arguments_are_refused(attack: Any, keywords: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        attack(network(3), images(), torch.zeros(12, dtype=torch.long), **keywords)
+
+
+def test_stronger_is_stronger() -> None:
+    """noise ≥ fgsm ≥ pgd in images left, and more ε never helps the defender."""
+    model, x = network(3), images(200)
+    y = logits_of(model, x).argmax(1)
+
+    def robust(attack: Any, **keywords: Any) -> float:
+        return float((logits_of(model, attack(model, x, y, **keywords)).argmax(1) == y).float().mean())
+
+    for norm, eps in (("linf", 0.03), ("l2", 0.2)):
+        left = [robust(noise, norm=norm, eps=eps), robust(fgsm, norm=norm, eps=eps)]
+        left += [robust(pgd, norm=norm, eps=eps, steps=20)]
+        assert left[0] > left[1] + 0.02
+        assert left[1] >= left[2]
+        assert 0.05 < left[2] < 0.95
+        radii = [robust(pgd, norm=norm, eps=scale * eps, steps=20) for scale in (0.5, 1, 2)]
+        assert radii[0] > radii[1] > radii[2]
+    assert robust(pgd, norm="linf", eps=1.0, steps=40) < 0.01
+
+
+def test_restarts_and_steps_never_lower_the_loss() -> None:
+    model, x = network(3), images(40)
+    y = logits_of(model, x).argmax(1)
+    values = [
+        attack_loss(
+            logits_of(model, pgd(model, x, y, eps=0.03, steps=4, restarts=restarts, stop_early=False)),
+            y,
+            "ce",
+            targeted=False,
+        )
+        for restarts in (1, 2, 4)
+    ]
+    assert (values[1] >= values[0] - 1e-6).all()
+    assert (values[2] >= values[1] - 1e-6).all()
+    assert values[2].sum() > values[0].sum()
+
+
+# --- Closed forms ---
+
+
+class Linear(nn.Module):
+    """Logits (N, 2) whose difference `Z₁ − Z₀` is `scale (w·(x − ½) + m)`."""
+
+    def __init__(self, m: float, scale: float = 1.0) -> None:
+        super().__init__()
+        self.w = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(2))
+        self.m, self.scale = m, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        difference = self.scale * (((x - 0.5) * self.w).flatten(1).sum(1) + self.m)
+        return torch.stack([-difference / 2, difference / 2], 1)
+
+
+GREY = torch.full((3, 1, 8, 8), 0.5) + torch.linspace(-0.05, 0.05, 192).view(3, 1, 8, 8)
+SETTINGS = {
+    "fgsm": (fgsm, {}),
+    "pgd": (pgd, {"random_start": False, "steps": 10}),
+    "pgd-random": (pgd, {"step_size": 0.4, "steps": 60}),
+    "pgd-transfer": (pgd, {"step_size": 0.4, "steps": 60, "stop_early": False}),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("targeted", [False, True])
+def test_on_a_linear_model_the_ball_ends_in_the_known_point(
+    name: str, norm: Any, loss: str, label: int, targeted: bool
+) -> None:
+    attack, keywords = SETTINGS[name]
+    towards = 1 if label == int(targeted) else -1  # of the difference: up if class 1 is wanted
+    model = Linear(m=-30.0 * towards)  # nothing in the ball reaches the boundary
+    y = torch.full((3,), label)
+    x_adv = attack(model, GREY, y, norm=norm, eps=0.2, loss=loss, targeted=targeted, **keywords)
+    direction = model.w.sign() if norm == "linf" else model.w / model.w.norm()
+    torch.testing.assert_close(x_adv, GREY + 0.2 * towards * direction, atol=2e-4, rtol=0)
+
+
+def test_a_sign_error_would_show() -> None:
+    model = Linear(m=30.0)
+    x_adv = pgd(model, GREY, torch.ones(3, dtype=torch.long), eps=0.2, random_start=False)
+    assert not torch.allclose(x_adv, GREY + 0.2 * model.w.sign(), atol=1e-2)
+
+
+def test_noise_on_a_linear_model_is_the_best_of_its_draws() -> None:
+    model, y = Linear(m=30.0), torch.ones(3, dtype=torch.long)
+    for norm in ("linf", "l2"):
+        losses = [
+            attack_loss(model(noise(model, GREY, y, norm=norm, eps=0.1, draws=draws)), y, "margin", False)
+            for draws in (1, 3, 30)
+        ]
+        assert (losses[0] <= losses[1]).all()
+        assert (losses[1] <= losses[2]).all()
+        assert losses[0].sum() < losses[2].sum()
+        moved = noise(model, GREY, y, norm=norm, eps=0.1) - GREY
+        torch.testing.assert_close(geometry(norm).size(moved), torch.full((3,), 0.1), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("confidence", [0.0, 1.0])
+def test_carlini_wagner_finds_the_distance_to_the_boundary(targeted: bool, confidence: float) -> None:
+    model = Linear(m=5.0)
+    y = torch.full((3,), 0 if targeted else 1)
+    x_adv = cw(model, GREY, y, steps=150, searches=9, targeted=targeted, confidence=confidence)
+    margin = model(GREY)[:, 1] - model(GREY)[:, 0]
+    expected = (margin + confidence) / model.w.norm()
+    found = (x_adv - GREY).flatten(1).norm(dim=1)
+    assert fooled(model(x_adv), y, targeted).all()
+    assert (found >= expected * (1 - 1e-4)).all()
+    assert (found <= expected * 1.05).all()
+    # The wrong distance would not pass.
+    assert not (found <= expected * 0.95).any()
+
+
+@pytest.mark.parametrize(
+    ("model", "eps"),
+    [
+        (Linear(m=5.0), 0.05),  # the boundary is farther
+        (Linear(m=1e4), float("inf")),  # there is none in [0, 1]
+        (lambda x: torch.eye(2)[1] + 0 * x.flatten(1)[:, :2], float("inf")),  # never fooled, no gradient
+    ],
+)
+def test_where_carlini_wagner_fails_the_image_comes_back(model: Any, eps: float) -> None:
+    y = torch.ones(3, dtype=torch.long)
+    assert (model(GREY).argmax(1) == 1).all()
+    assert torch.equal(cw(model, GREY, y, eps=eps, steps=30), GREY)
+
+
+def test_carlini_wagner_leaves_black_and_white_pixels() -> None:
+    """tanh is flat there: the start must be off the boundary."""
+    model = Linear(m=0.0)
+    x = (model.w > 0).float().expand(3, 1, 8, 8)  # the farthest corner from class 0
+    x_adv = cw(model, x, torch.ones(3, dtype=torch.long), steps=150, searches=6)
+    assert fooled(model(x_adv), torch.ones(3, dtype=torch.long), False).all()
+
+
+@pytest.mark.parametrize("scale", [1000.0, 0.001])
+def test_scaled_logits_do_not_weaken_the_margin_loss(scale: float) -> None:
+    x, y = GREY, torch.ones(3, dtype=torch.long)
+    for norm, eps in (("linf", 0.2), ("l2", 1.0)):
+        plain = pgd(Linear(5.0), x, y, norm=norm, eps=eps, loss="margin")
+        scaled = pgd(Linear(5.0, scale), x, y, norm=norm, eps=eps, loss="margin")
+        torch.testing.assert_close(plain, scaled)
+        assert fooled(Linear(5.0)(plain), y, False).all()
+    # The trap: cross-entropy underflows, and the gradient with it.
+    masked = pgd(Linear(5.0, 1000.0), x, y, eps=0.2, loss="ce")
+    assert not fooled(Linear(5.0)(masked), y, False).any()
+
+
+def test_the_best_iterate_is_kept_not_the_last() -> None:
+    """A step far too long jumps to and fro over a narrow band of class 0."""
+
+    class Band(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            offset = x.flatten(1).mean(1) - 0.55
+            return torch.stack([torch.full_like(offset, 0.02), offset.abs()], 1)
+
+    x, y = torch.full((2, 1, 8, 8), 0.5), torch.ones(2, dtype=torch.long)
+    settings = {"eps": 0.4, "step_size": 0.045, "random_start": False, "stop_early": False}
+    for steps in (1, 2, 3, 4):
+        assert fooled(Band()(pgd(Band(), x, y, steps=steps, **settings)), y, False).all()
+    assert not fooled(Band()(x), y, False).any()
+
+
+def test_a_fooled_image_leaves_the_batch_and_a_transfer_attack_presses_on() -> None:
+    model, y = Linear(m=1.0), torch.ones(3, dtype=torch.long)
+    early = pgd(model, GREY, y, eps=0.2, steps=40)
+    late = pgd(model, GREY, y, eps=0.2, steps=40, stop_early=False)
+    assert fooled(model(early), y, False).all()
+    torch.testing.assert_close(late, GREY - 0.2 * model.w.sign(), atol=1e-5, rtol=0)
+    assert (model(early)[:, 1] > model(late)[:, 1]).all()
+
+
+# --- Latents ---
+
+
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_a_latent_attack_stays_on_the_manifold_and_in_its_ball(linear: Any, restarts: int) -> None:
+    generator, model, y = linear.float(), Linear(m=0.4), torch.ones(6, dtype=torch.long)
+    z = torch.randn(6, 5, generator=torch.Generator().manual_seed(4)) / 2
+    x_adv = latent_attack(model, generator, z, y, eps=0.3, steps=20, restarts=restarts)
+    zeta = linear.double().solve(x_adv.double()) - z
+    torch.testing.assert_close(linear((z + zeta).double()).float(), x_adv, atol=1e-5, rtol=0)
+    assert (zeta.abs() <= 0.3 + 1e-5).all()
+    assert not x_adv.requires_grad
+    assert all(p.grad is None for p in linear.parameters())
+
+
+def test_a_latent_attack_on_linear_models_reaches_the_corner(linear: Any) -> None:
+    generator, model, y = linear.float(), Linear(m=30.0), torch.ones(6, dtype=torch.long)
+    z = torch.randn(6, 5, generator=torch.Generator().manual_seed(4)) / 2
+    x_adv = latent_attack(model, generator, z, y, eps=0.3, steps=20)
+    gradient = model.w.flatten() @ generator.matrix
+    torch.testing.assert_close(x_adv, generator(z - 0.3 * gradient.sign()).detach(), atol=1e-5, rtol=0)
+
+
+def test_a_latent_attack_leaves_models_and_rng_alone(networks: Any) -> None:
+    model, z = network(3), torch.zeros(4, 6)
+    before, weights = torch.get_rng_state(), [p.clone() for p in model.parameters()]
+    first = latent_attack(model, networks[0], z, torch.zeros(4, dtype=torch.long))
+    assert torch.equal(first, latent_attack(model, networks[0], z, torch.zeros(4, dtype=torch.long)))
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+    assert all(p.grad is None for m in (model, networks[0]) for p in m.parameters())
+
+
+# --- Geometry ---
+
+
+@st.composite
+def deltas(draw: Any) -> Tensor:
+    """(N, 1, 4, 4), from tiny to huge."""
+    n, seed = draw(st.integers(1, 4)), draw(st.integers(0, 2**31))
+    scale = draw(st.sampled_from([0.0, 1e-8, 1e-3, 1.0, 1e4]))
+    return scale * torch.randn(n, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(deltas(), st.sampled_from(["linf", "l2"]), st.floats(0, 100, width=32))
+def test_projection_on_the_ball(delta: Tensor, norm: str, eps: float) -> None:
+    shape = geometry(norm)
+    inside = shape.project(delta, eps)
+    assert (shape.size(inside) <= eps * (1 + 1e-6)).all()
+    torch.testing.assert_close(shape.project(inside, eps), inside, rtol=2e-6, atol=0)
+    kept = shape.size(delta) <= eps
+    torch.testing.assert_close(inside[kept], delta[kept], rtol=2e-6, atol=0)
+    # The nearest point of the ball: no other point of it makes an acute angle with the way back.
+    other = shape.sample(delta, eps, torch.Generator().manual_seed(1))
+    angle = ((delta - inside) * (other - inside)).flatten(1).sum(1)
+    assert (angle <= 1e-5 * (1 + delta.flatten(1).square().sum(1) + eps**2)).all()
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(deltas(), st.sampled_from(["linf", "l2"]))
+def test_the_steepest_direction_has_length_one_and_gains_most(gradient: Tensor, norm: str) -> None:
+    shape = geometry(norm)
+    direction = shape.steepest(gradient)
+    live = gradient.flatten(1).norm(dim=1) > 1e-9
+    torch.testing.assert_close(shape.size(direction)[live], torch.ones(int(live.sum())))
+    other = shape.sample(gradient, 1.0, torch.Generator().manual_seed(1))
+    gain = ((direction - other) * gradient).flatten(1).sum(1)
+    assert (gain >= -1e-5 * gradient.flatten(1).norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("norm", GEOMETRIES)
+def test_samples_fill_the_ball_uniformly(norm: str) -> None:
+    """In d dimensions a share 2^−d lies within half the radius; here d = 2."""
+    like = torch.zeros(4000, 1, 1, 2)
+    sample = geometry(norm).sample(like, 0.3, torch.Generator().manual_seed(0))
+    sizes = geometry(norm).size(sample)
+    assert (sizes <= 0.3).all()
+    assert float((sizes < 0.15).float().mean()) == pytest.approx(0.25, abs=0.03)
+    assert sample.mean(0).abs().max() < 0.01
+
+
+@pytest.fixture(autouse=True)
+def _rng() -> Iterator[None]:
+    """Tests that seed the global generator give it back."""
+    with torch.random.fork_rng():
+        yield

@@ -1,0 +1,191 @@
+"""The filter as a module: what its views share, what differs, and that none masks by accident."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from manifold_defense import DefendedClassifier, ManifoldFilter, ProjectionConfig, project
+from manifold_defense.filter import VIEWS
+from manifold_defense.projection import check_images
+
+CONFIG = ProjectionConfig("lbfgs", "encoder", steps=5)
+ORIGIN = ProjectionConfig("gd", "origin", restarts=2, steps=10)
+
+
+@pytest.fixture
+def filter(networks: Any) -> ManifoldFilter:
+    return ManifoldFilter(*networks, CONFIG)
+
+
+@pytest.fixture
+def classifier() -> nn.Module:
+    """With dropout and batch statistics, so that its mode is seen; in eval mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        layers = (
+            nn.Conv2d(1, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(),
+            nn.Linear(144, 3),
+        )
+    return nn.Sequential(*layers).eval()
+
+
+def images(n: int, seed: int = 0) -> Tensor:
+    return torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def input_gradient(model: nn.Module, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_(True)
+    return torch.autograd.grad(model(x)[:, 0].sum(), x)[0]
+
+
+@pytest.mark.parametrize("config", [CONFIG, ORIGIN], ids=["lbfgs", "gd"])
+def test_a_view_never_changes_the_result(networks: Any, config: ProjectionConfig) -> None:
+    x = images(20)
+    expected = project(networks[0], x, config, encoder=networks[1]).image
+    for view in VIEWS:
+        filter = ManifoldFilter(*networks, config, view)
+        assert torch.equal(filter(x), expected)
+        assert torch.equal(filter(x.clone().requires_grad_(True)), expected), view
+        assert torch.equal(filter.project(x).image, expected)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_filter_gives_images_that_a_filter_takes(view: Any) -> None:
+    """Black and white exactly: rounding must not leave [0, 1]."""
+
+    class Extreme(nn.Module):
+        latent_dim, image_shape = 2, (1, 8, 8)
+
+        def forward(self, z: Tensor) -> Tensor:
+            return z.sum(1).view(-1, 1, 1, 1).sigmoid().round().expand(-1, 1, 8, 8)
+
+    filter = ManifoldFilter(Extreme(), config=ProjectionConfig(start="prior", restarts=4, steps=0), view=view)
+    out = filter(images(50).requires_grad_(True))
+    check_images(out, (1, 8, 8))
+    assert set(out.flatten().tolist()) <= {0.0, 1.0}
+
+
+def test_the_identity_view_is_the_classifiers_gradient_at_the_projection(
+    filter: ManifoldFilter, classifier: nn.Module
+) -> None:
+    x, defended = images(5), DefendedClassifier(filter, classifier)
+    at_projection = input_gradient(classifier, filter.project(x).image)
+    assert torch.equal(input_gradient(defended.view("identity"), x), at_projection)
+    exact = input_gradient(defended.view("exact"), x)
+    assert (exact.flatten(1).norm(dim=1) > 0).all()
+    assert not torch.allclose(exact, at_projection, rtol=0.1)
+    assert torch.equal(input_gradient(defended, x), exact)
+
+
+@pytest.mark.parametrize("view", ["", "tangent", "unaware"])
+def test_an_unknown_view_is_refused(networks: Any, view: Any) -> None:
+    with pytest.raises(ValueError, match=r"^view: expected one of exact, identity, got"):
+        ManifoldFilter(*networks, CONFIG, view)
+    with pytest.raises(ValueError, match=r"^view: expected"):
+        DefendedClassifier(ManifoldFilter(*networks, CONFIG), nn.Flatten()).view(view)
+
+
+def test_nothing_is_masked_by_accident(filter: ManifoldFilter, classifier: nn.Module) -> None:
+    """An ordinary Sequential has a gradient, and it is the true slope of the logits."""
+    model = nn.Sequential(filter, classifier).double()
+    x = images(4).double()
+    gradient = input_gradient(model, x)
+    assert (gradient.flatten(1).abs().amax(1) > 0).all()
+    step = 1e-6 * (images(4, seed=1).double() - 0.5)
+    with torch.no_grad():
+        slope = (model(x + step)[:, 0] - model(x - step)[:, 0]).sum() / 2
+    torch.testing.assert_close((gradient * step).sum(), slope, rtol=1e-3, atol=0)
+
+
+def test_a_filter_stays_in_eval_mode_and_frozen(networks: Any, classifier: nn.Module) -> None:
+    generator = nn.Sequential(nn.Dropout(), networks[0])
+    generator.latent_dim, generator.image_shape = 6, (1, 8, 8)
+    filter = ManifoldFilter(generator.train(), networks[1].train(), CONFIG)
+    defended = DefendedClassifier(filter, classifier)
+    x = images(3)
+    expected = filter(x)
+    for model in (filter, defended, nn.Sequential(filter, classifier)):
+        assert model.train() is model
+        assert not any(module.training for module in filter.modules())
+        assert torch.equal(filter(x), expected)
+    assert classifier.training
+    assert not any(p.requires_grad for p in filter.parameters())
+    assert all(p.requires_grad for p in classifier.parameters())
+    assert len(list(filter.parameters())) == len([p for n in networks for p in n.parameters()])
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_training_behind_a_filter_moves_the_classifier_alone(
+    filter: ManifoldFilter, classifier: nn.Module, view: Any
+) -> None:
+    defended = DefendedClassifier(filter, classifier).view(view)
+    for x in (images(3), images(3).requires_grad_(True)):
+        defended.zero_grad()
+        defended(x).square().sum().backward()
+        assert all(p.grad is not None for p in classifier.parameters())
+        assert all(p.grad is None for p in filter.parameters())
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_one_image_without_a_batch(networks: Any, view: Any) -> None:
+    filter, x = ManifoldFilter(*networks, CONFIG, view), images(2)
+    assert filter(x[0]).shape == (1, 8, 8)
+    assert torch.equal(filter(x[0]), filter(x[:1])[0])
+    single = x[0].clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(filter(single).sum(), single)
+    (batched,) = torch.autograd.grad(filter(x[:1].requires_grad_(True)).sum(), x)
+    torch.testing.assert_close(gradient, batched[0])
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_the_hosts_gradient_mode(networks: Any, classifier: nn.Module, view: Any) -> None:
+    filter = ManifoldFilter(*networks, CONFIG, view)
+    x = images(3)
+    expected = classifier(filter(x)).detach()
+    model = DefendedClassifier(filter, classifier)
+    for x_in in (x, x.clone().requires_grad_(True)):
+        with torch.no_grad():
+            assert torch.equal(model(x_in), expected)
+            assert not model(x_in).requires_grad
+        with torch.inference_mode():
+            assert torch.equal(model(x_in), expected)
+            assert torch.equal(model(x_in + 0), expected)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (3, 3, 8, 8), (8, 8), (3, 8, 8), (1, 1, 1, 8, 8)])
+def test_other_shapes_are_refused(networks: Any, view: Any, shape: tuple[int, ...]) -> None:
+    filter = ManifoldFilter(*networks, CONFIG, view)
+    for x in (torch.zeros(shape), torch.zeros(shape, requires_grad=True)):
+        with pytest.raises(ValueError, match=r"images: expected shape \(N, 1, 8, 8\)"):
+            filter(x)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_values_out_of_range_are_refused_with_a_gradient_too(networks: Any, view: Any) -> None:
+    for value in (1.5, -1.0, torch.nan):
+        with pytest.raises(ValueError, match=r"^images: expected"):
+            ManifoldFilter(*networks, CONFIG, view)(torch.full((1, 1, 8, 8), value, requires_grad=True))
+
+
+def test_the_start_follows_the_encoder(networks: Any) -> None:
+    generator, encoder = networks
+    assert ManifoldFilter(generator, encoder).config.start == "encoder"
+    assert ManifoldFilter(generator).config.start == "prior"
+    assert ManifoldFilter(generator).image_shape == (1, 8, 8)
+    with pytest.raises(ValueError, match="needs an encoder"):
+        ManifoldFilter(generator, None, ProjectionConfig(start="encoder"))
+
+
+def test_views_share_all_weights(filter: ManifoldFilter, classifier: nn.Module) -> None:
+    defended = DefendedClassifier(filter, classifier)
+    other = defended.view("identity")
+    assert (defended.filter.view, other.filter.view) == ("exact", "identity")
+    assert [p.data_ptr() for p in other.parameters()] == [p.data_ptr() for p in defended.parameters()]
+    assert other.filter.config == filter.config
