@@ -24,7 +24,7 @@ class EncoderConfig:
 
     __pydantic_config__ = {"extra": "forbid"}  # read by pipelines.config
 
-    images: int = 50_000
+    images: int = 25_000
     batch_size: int = 64
     lr: float = 1e-3
     latent_weight: float = 0.02

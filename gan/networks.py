@@ -26,7 +26,7 @@ class NetworkConfig:
     __pydantic_config__ = {"extra": "forbid"}  # read by pipelines.config
 
     latent_dim: int = 32
-    generator_width: int = 32
+    generator_width: int = 16
     critic_width: int = 16
     encoder_width: int = 32
     max_width: int = 256

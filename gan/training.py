@@ -33,10 +33,10 @@ class GanConfig:
     __pydantic_config__ = {"extra": "forbid"}  # read by pipelines.config
 
     loss: Literal["r3gan", "wgan_gp"] = "r3gan"
-    images: int = 60_000
-    batch_size: int = 32
+    images: int = 80_000
+    batch_size: int = 64
     critic_steps: int = 1
-    lr: float = 5e-4
+    lr: float = 1e-3
     beta1: float = 0.0
     beta2: float = 0.99
     penalty_weight: float = 1.0

@@ -114,9 +114,8 @@ class EvaluateConfig:
     attacks: tuple[AttackConfig, ...] = (
         AttackConfig("noise", steps=10),
         AttackConfig("fgsm"),
-        AttackConfig("pgd", steps=40),
-        AttackConfig("pgd", steps=40, loss="margin", views=("exact",)),
-        AttackConfig("cw", steps=50, restarts=4, views=("unaware", "identity")),
+        AttackConfig("pgd", steps=20, restarts=2, loss="both"),
+        AttackConfig("cw", steps=30, restarts=3),
     )
 
     def __post_init__(self) -> None:

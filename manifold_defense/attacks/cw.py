@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from manifold_defense.attacks.norms import geometry
-from manifold_defense.attacks.objective import attack_loss, evaluation_mode, fooled
+from manifold_defense.attacks.objective import evaluation_mode, fooled, margins
 from manifold_defense.types import Classifier, Norm
+
+_OFFSET = 1e-2
 
 
 def cw(
@@ -19,7 +23,7 @@ def cw(
     eps: float = float("inf"),
     steps: int = 100,
     searches: int = 4,
-    learning_rate: float = 0.05,
+    learning_rate: float = 0.1,
     confidence: float = 0.0,
     initial_weight: float = 1.0,
     targeted: bool = False,
@@ -28,7 +32,9 @@ def cw(
     """The nearest adversarial image found by C&W in L2, for images (N, C, H, W) and labels (N,).
 
     Minimises `‖δ‖² + c · max(Z_y − max_{i≠y} Z_i, −κ)` over tanh space with Adam, with a binary
-    search on c. An image for which nothing within `eps` was found is returned unchanged.
+    search on c. An image for which nothing within `eps` was found is returned unchanged. With a
+    finite `eps` an image leaves the batch as soon as one is found: within the ball, nearer is not
+    better. Nothing is random: `seed` is there for the common signature.
     """
     if norm != "l2":
         raise ValueError(f"cw: expected norm l2, got {norm!r}")
@@ -37,34 +43,41 @@ def cw(
     best, best_size = x.clone(), torch.full((len(x),), torch.inf, device=x.device)
     weight = torch.full((len(x),), initial_weight, device=x.device)
     low, high = torch.zeros_like(weight), torch.full_like(weight, torch.inf)
-    # tanh cannot leave pixels that are exactly 0 or 1: start a hair inside.
-    origin = torch.atanh((2 * x - 1) * (1 - 1e-3))
 
     with evaluation_mode(model):
+        with torch.no_grad():
+            logits = model(x)
+        best_size[fooled(logits, y, targeted) & (margins(logits, y, targeted) >= confidence)] = 0
         for _ in range(searches):
-            w, mean, square = origin.clone(), torch.zeros_like(x), torch.zeros_like(x)
+            # tanh cannot leave pixels that are exactly 0 or 1: start off the boundary.
+            w = torch.atanh((2 * x - 1) * (1 - _OFFSET))
+            mean, square = torch.zeros_like(x), torch.zeros_like(x)
             succeeded = torch.zeros(len(x), dtype=torch.bool, device=x.device)
             for step in range(1, steps + 1):
+                sought = best_size > 0 if math.isinf(eps) else best_size > eps
+                active = sought.nonzero().squeeze(1)
+                if len(active) == 0:
+                    return best
+                clean, label = x[active], y[active]
                 with torch.enable_grad():
-                    w.requires_grad_(True)
-                    tried = (torch.tanh(w) + 1) / 2
+                    at = w[active].requires_grad_(True)
+                    tried = (torch.tanh(at) + 1) / 2
                     logits = model(tried)
-                    margin = -attack_loss(logits, y, "margin", targeted)
-                    distance = (tried - x).square().flatten(1).sum(1)
-                    total = distance + weight * margin.clamp(min=-confidence)
-                    (gradient,) = torch.autograd.grad(total.sum(), w)
-                w, tried, logits, margin = w.detach(), tried.detach(), logits.detach(), margin.detach()
-                hit = fooled(logits, y, targeted) & (margin <= -confidence)
-                succeeded |= hit
-                length = size(tried - x)
-                better = hit & (length < best_size) & (length <= eps)
-                best[better], best_size[better] = tried[better], length[better]
-                mean = 0.9 * mean + 0.1 * gradient
-                square = 0.999 * square + 0.001 * gradient.square()
-                scale = (square / (1 - 0.999**step)).sqrt() + 1e-8
-                w = w - learning_rate * mean / (1 - 0.9**step) / scale
+                    margin = margins(logits, label, targeted)
+                    distance = (tried - clean).square().flatten(1).sum(1)
+                    total = distance + weight[active] * (confidence - margin).clamp(min=0)
+                    (gradient,) = torch.autograd.grad(total.sum(), at)
+                tried, margin, logits = tried.detach(), margin.detach(), logits.detach()
+                hit = fooled(logits, label, targeted) & (margin >= confidence)
+                succeeded[active] |= hit
+                length = size(tried - clean)
+                better = hit & (length < best_size[active]) & (length <= eps)
+                best[active[better]], best_size[active[better]] = tried[better], length[better]
+                mean[active] = 0.9 * mean[active] + 0.1 * gradient
+                square[active] = 0.999 * square[active] + 0.001 * gradient.square()
+                scale = (square[active] / (1 - 0.999**step)).sqrt() + 1e-8
+                w[active] -= learning_rate * mean[active] / (1 - 0.9**step) / scale
             high = torch.where(succeeded, torch.minimum(high, weight), high)
             low = torch.where(succeeded, low, torch.maximum(low, weight))
-            bounded = torch.isfinite(high)
-            weight = torch.where(bounded, (low + high) / 2, 10 * weight)
+            weight = torch.where(torch.isfinite(high), (low + high) / 2, 10 * weight)
     return best

@@ -32,29 +32,33 @@ def fooled(logits: Tensor, y: Tensor, targeted: bool) -> Tensor:
     return hit if targeted else ~hit
 
 
+def margins(logits: Tensor, y: Tensor, targeted: bool) -> Tensor:
+    """`max_{i≠y} Z_i − Z_y` of logits (N, K), (N,): above zero where the model errs; negated if targeted."""
+    own = logits.gather(1, y.unsqueeze(1)).squeeze(1)
+    others = logits.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
+    return own - others if targeted else others - own
+
+
 def attack_loss(logits: Tensor, y: Tensor, loss: str, targeted: bool) -> Tensor:
-    """What the attacker raises, (N,): cross-entropy, or the margin `max_{i≠y} Z_i − Z_y`.
+    """What the attacker raises, (N,): cross-entropy (`ce`) or the margin (`margin`).
 
     Cross-entropy vanishes in float32 where logits are large; the margin does not.
     """
-    if loss == "ce":
-        value = F.cross_entropy(logits, y, reduction="none")
-    elif loss == "margin":
-        own = logits.gather(1, y.unsqueeze(1)).squeeze(1)
-        others = logits.scatter(1, y.unsqueeze(1), -torch.inf)
-        value = others.amax(1) - own
-    else:
+    if loss == "margin":
+        return margins(logits, y, targeted)
+    if loss != "ce":
         raise ValueError(f"loss: expected ce or margin, got {loss!r}")
+    value = F.cross_entropy(logits, y, reduction="none")
     return -value if targeted else value
 
 
-def loss_and_gradient(
+def logits_and_gradient(
     model: Classifier, x: Tensor, y: Tensor, loss: str, targeted: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (N, K), loss (N,) and its gradient in x (N, C, H, W), leaving no trace on the model."""
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, K) and the gradient of the loss in x (N, C, H, W), leaving no trace on the model."""
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
         logits = model(x)
         value = attack_loss(logits, y, loss, targeted)
         (gradient,) = torch.autograd.grad(value.sum(), x)
-    return logits.detach(), value.detach(), gradient
+    return logits.detach(), gradient

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from manifold_defense.attacks.norms import geometry
-from manifold_defense.attacks.objective import evaluation_mode, fooled, loss_and_gradient
+from manifold_defense.attacks.objective import evaluation_mode, fooled, logits_and_gradient, margins
 from manifold_defense.types import Classifier, Norm
 
 
@@ -29,24 +29,26 @@ def pgd(
 ) -> Tensor:
     """PGD (Madry et al. 2018) from images (N, C, H, W) with labels y (N,), the targets if `targeted`.
 
-    Returns the iterate that fools the model with the highest loss, or the one of highest loss if
-    none does; always inside the ball and `bounds`. `step_size` is in pixels, by default
-    `2.5 eps / steps`, so that every point of the ball can be reached. With `stop_early` an image
-    leaves the batch once it fools the model; without, its loss is raised to the end, as a
-    transfer attack needs.
+    Returns, of all iterates and the clean image, the one with the highest margin `max_{i≠y} Z_i − Z_y`;
+    always inside the ball and `bounds`. `loss` is what the steps climb: `ce`, `margin`, or `both`,
+    which alternates between restarts. `step_size` is in pixels, by default `2.5 eps / steps`, so that
+    every point of the ball can be reached. With `stop_early` an image leaves the batch once it fools
+    the model; without, its margin is raised to the end, as a transfer attack needs.
     """
     shape = geometry(norm)
     if not eps >= 0 or steps < 1 or restarts < 1:
         raise ValueError(f"expected eps ≥ 0, steps ≥ 1, restarts ≥ 1, got {eps}, {steps}, {restarts}")
+    climbed = ("ce", "margin") if loss == "both" else (loss,)
     step_size = 2.5 * eps / steps if step_size is None else step_size
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()
     best = x.clone()
-    best_loss = torch.full((len(x),), -torch.inf, device=x.device)
-    found = torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
     with evaluation_mode(model):
-        for _ in range(restarts):
+        with torch.no_grad():
+            logits = model(x)
+        best_margin, found = margins(logits, y, targeted), fooled(logits, y, targeted)
+        for restart in range(restarts):
             start = shape.sample(x, eps, rng) if random_start else torch.zeros_like(x)
             current = (x + shape.project(start, eps)).clamp(*bounds)
             active = (~found if stop_early else torch.ones_like(found)).nonzero().squeeze(1)
@@ -54,19 +56,19 @@ def pgd(
                 if len(active) == 0:
                     break
                 at, clean, label = current[active], x[active], y[active]
-                logits, value, gradient = loss_and_gradient(model, at, label, loss, targeted)
-                success = fooled(logits, label, targeted)
-                # A point that fools beats every point that does not, whatever their losses.
-                better = (success & ~found[active]) | (
-                    (success == found[active]) & (value > best_loss[active])
-                )
-                improved = active[better]
-                best[improved], best_loss[improved] = at[better], value[better]
-                found[improved] |= success[better]
-                if step == steps:
-                    break
-                moved = at + step_size * shape.steepest(gradient)
-                current[active] = (clean + shape.project(moved - clean, eps)).clamp(*bounds)
+                if step < steps:
+                    value = climbed[restart % len(climbed)]
+                    logits, gradient = logits_and_gradient(model, at, label, value, targeted)
+                else:
+                    with torch.no_grad():
+                        logits = model(at)
+                margin, success = margins(logits, label, targeted), fooled(logits, label, targeted)
+                better = margin > best_margin[active]
+                best[active[better]], best_margin[active[better]] = at[better], margin[better]
+                found[active] |= success
+                if step < steps:
+                    moved = at + step_size * shape.steepest(gradient)
+                    current[active] = (clean + shape.project(moved - clean, eps)).clamp(*bounds)
                 if stop_early:
                     active = active[~success]
     return best
@@ -87,6 +89,6 @@ def fgsm(
     An image that the step does not fool is returned as it was moved: the figure of a one-step attack.
     """
     with evaluation_mode(model):
-        _, _, gradient = loss_and_gradient(model, x, y, loss, targeted)
+        _, gradient = logits_and_gradient(model, x, y, loss, targeted)
     shape = geometry(norm)
     return (x + shape.project(eps * shape.steepest(gradient), eps)).clamp(0, 1).detach()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from manifold_defense.attacks.objective import evaluation_mode, loss_and_gradient
+from manifold_defense.attacks.objective import evaluation_mode, logits_and_gradient
 from manifold_defense.evaluation.evaluate import Row
 from manifold_defense.types import Classifier
 
@@ -42,7 +42,7 @@ def order(rows: Sequence[Row]) -> list[str]:
 def dead_gradients(name: str, model: Classifier, x: Tensor, y: Tensor) -> list[str]:
     """Images (N, C, H, W) whose margin has a zero or non-finite gradient under `model`."""
     with evaluation_mode(model):
-        _, _, gradient = loss_and_gradient(model, x, y, "margin", targeted=False)
+        _, gradient = logits_and_gradient(model, x, y, "margin", targeted=False)
     flat = gradient.flatten(1)
     dead = (~torch.isfinite(flat).all(1)) | (flat.abs().amax(1) == 0)
     if not dead.any():

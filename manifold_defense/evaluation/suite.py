@@ -20,7 +20,7 @@ class AttackConfig:
 
     steps      of pgd and cw; for noise the number of draws
     restarts   of pgd; for cw the searches on its constant
-    loss       that fgsm and pgd raise: ce or margin
+    loss       that fgsm and pgd climb: ce, margin, or both (pgd: by turns, a restart each)
     views      in which a filter is attacked: through its exact gradient, its identity
                approximation, or not at all (unaware: the bare classifier is attacked). A bare
                classifier has but its own gradient, and meets the attack once whatever stands here.
@@ -31,7 +31,7 @@ class AttackConfig:
     name: Literal["noise", "fgsm", "pgd", "cw"] = "pgd"
     steps: int = 40
     restarts: int = 1
-    loss: Literal["ce", "margin"] = "ce"
+    loss: Literal["ce", "margin", "both"] = "ce"
     views: tuple[ViewName, ...] = ("unaware", "identity", "exact")
 
     def __post_init__(self) -> None:
@@ -40,15 +40,15 @@ class AttackConfig:
         for name in ("steps", "restarts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.loss not in ("ce", "margin"):
-            raise ValueError(f"loss: expected ce or margin, got {self.loss!r}")
+        if self.loss not in ("ce", "margin", *(("both",) if self.name == "pgd" else ())):
+            raise ValueError(f"loss of {self.name}: expected ce or margin (pgd: or both), got {self.loss!r}")
         if not self.views or not set(self.views) <= {"unaware", "identity", "exact"}:
             raise ValueError(f"views: expected some of unaware, identity, exact, got {list(self.views)}")
 
     @property
     def label(self) -> str:
         """How rows name this attack: `pgd`, or `pgd-margin` for the other loss."""
-        return self.name if self.loss == "ce" else f"{self.name}-{self.loss}"
+        return f"{self.name}-margin" if self.loss == "margin" else self.name
 
     def applies_to(self, threat: Threat) -> bool:
         return self.name != "cw" or threat.norm == "l2"

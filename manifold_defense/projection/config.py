@@ -26,7 +26,7 @@ class ProjectionConfig:
     solver: Literal["gd", "adam", "lbfgs"] = "adam"
     start: Literal["encoder", "prior", "origin"] = "encoder"
     restarts: int = 1
-    steps: int = 20
+    steps: int = 10
     step_size: float = 0.0
     momentum: float = 0.7
     iterate: Literal["best", "last"] = "best"

@@ -28,6 +28,7 @@ ATTACKS = {
     "pgd-l2": partial(pgd, **L2, steps=5),
     "pgd-linf-margin": partial(pgd, **LINF, steps=5, loss="margin"),
     "pgd-l2-margin": partial(pgd, **L2, steps=5, loss="margin"),
+    "pgd-both": partial(pgd, **LINF, steps=3, restarts=2, loss="both"),
     "pgd-restarts": partial(pgd, **LINF, steps=3, restarts=3),
     "pgd-one-step": partial(pgd, **LINF, steps=1),
     "pgd-from-x": partial(pgd, **L2, steps=5, random_start=False),
@@ -99,16 +100,15 @@ def test_inside_the_ball_and_the_box(name: str, classes: int, targeted: bool) ->
 @every_number_of_classes
 @pytest.mark.parametrize("targeted", [False, True])
 def test_never_lowers_the_loss(name: str, classes: int, targeted: bool) -> None:
-    """Of images that the model gets right, in the loss that the attack raises.
+    """In the margin, by which iterates are judged, and for images that the model gets right.
 
     One step of FGSM may, on a curved model; it is held to it on a linear one below.
     """
     model, x, y = problem(classes)
-    loss = ATTACKS[name].keywords.get("loss", "ce" if name.startswith("pgd") else "margin")
     before = logits_of(model, x)
     after = logits_of(model, ATTACKS[name](model, x, y, targeted=targeted))
     waiting = ~fooled(before, y, targeted)
-    gain = attack_loss(after, y, loss, targeted) - attack_loss(before, y, loss, targeted)
+    gain = attack_loss(after, y, "margin", targeted) - attack_loss(before, y, "margin", targeted)
     if not name.startswith("fgsm"):
         assert (gain[waiting] >= -1e-5).all(), gain[waiting].min()
     if not name.startswith("noise"):
@@ -265,14 +265,14 @@ def test_stronger_is_stronger() -> None:
     assert robust(pgd, norm="linf", eps=1.0, steps=40) < 0.01
 
 
-def test_restarts_and_steps_never_lower_the_loss() -> None:
+def test_restarts_never_lower_the_loss() -> None:
     model, x = network(3), images(40)
     y = logits_of(model, x).argmax(1)
     values = [
         attack_loss(
             logits_of(model, pgd(model, x, y, eps=0.03, steps=4, restarts=restarts, stop_early=False)),
             y,
-            "ce",
+            "margin",
             targeted=False,
         )
         for restarts in (1, 2, 4)
@@ -302,8 +302,8 @@ GREY = torch.full((3, 1, 8, 8), 0.5) + torch.linspace(-0.05, 0.05, 192).view(3, 
 SETTINGS = {
     "fgsm": (fgsm, {}),
     "pgd": (pgd, {"random_start": False, "steps": 10}),
-    "pgd-random": (pgd, {"step_size": 0.4, "steps": 60}),
-    "pgd-transfer": (pgd, {"step_size": 0.4, "steps": 60, "stop_early": False}),
+    "pgd-random": (pgd, {"step_size": 0.8, "steps": 60}),
+    "pgd-transfer": (pgd, {"step_size": 0.8, "steps": 60, "stop_early": False}),
 }
 
 
@@ -317,11 +317,21 @@ def test_on_a_linear_model_the_ball_ends_in_the_known_point(
 ) -> None:
     attack, keywords = SETTINGS[name]
     towards = 1 if label == int(targeted) else -1  # of the difference: up if class 1 is wanted
-    model = Linear(m=-30.0 * towards)  # nothing in the ball reaches the boundary
-    y = torch.full((3,), label)
-    x_adv = attack(model, GREY, y, norm=norm, eps=0.2, loss=loss, targeted=targeted, **keywords)
+    model = Linear(m=-5.0 * towards)  # nothing in the ball reaches the boundary
+    y, eps = torch.full((3,), label), 0.05 if norm == "linf" else 0.4
+    x_adv = attack(model, GREY, y, norm=norm, eps=eps, loss=loss, targeted=targeted, **keywords)
     direction = model.w.sign() if norm == "linf" else model.w / model.w.norm()
-    torch.testing.assert_close(x_adv, GREY + 0.2 * towards * direction, atol=2e-4, rtol=0)
+    torch.testing.assert_close(x_adv, GREY + eps * towards * direction, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_confident_model_does_not_stop_cross_entropy(norm: Any) -> None:
+    """At a margin of 30 its value is 0 in float32, but its gradient, 1e-13, still points somewhere."""
+    model, y, eps = Linear(m=30.0), torch.ones(3, dtype=torch.long), 0.05 if norm == "linf" else 0.4
+    direction = model.w.sign() if norm == "linf" else model.w / model.w.norm()
+    for attack in (partial(pgd, random_start=False, stop_early=False), fgsm):
+        x_adv = attack(model, GREY, y, norm=norm, eps=eps)
+        torch.testing.assert_close(x_adv, GREY - eps * direction, atol=2e-3, rtol=0)
 
 
 def test_a_sign_error_would_show() -> None:
@@ -434,8 +444,10 @@ def test_a_latent_attack_stays_on_the_manifold_and_in_its_ball(linear: Any, rest
     assert all(p.grad is None for p in linear.parameters())
 
 
-def test_a_latent_attack_on_linear_models_reaches_the_corner(linear: Any) -> None:
-    generator, model, y = linear.float(), Linear(m=30.0), torch.ones(6, dtype=torch.long)
+@pytest.mark.parametrize("m", [6.0, 0.0])
+def test_a_latent_attack_on_linear_models_reaches_the_corner(linear: Any, m: float) -> None:
+    """It maximises the loss, whether the boundary is out of reach (6) or in the ball (0)."""
+    generator, model, y = linear.float(), Linear(m), torch.ones(6, dtype=torch.long)
     z = torch.randn(6, 5, generator=torch.Generator().manual_seed(4)) / 2
     x_adv = latent_attack(model, generator, z, y, eps=0.3, steps=20)
     gradient = model.w.flatten() @ generator.matrix
@@ -489,6 +501,16 @@ def test_the_steepest_direction_has_length_one_and_gains_most(gradient: Tensor, 
     other = shape.sample(gradient, 1.0, torch.Generator().manual_seed(1))
     gain = ((direction - other) * gradient).flatten(1).sum(1)
     assert (gain >= -1e-5 * gradient.flatten(1).norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("norm", GEOMETRIES)
+@pytest.mark.parametrize("scale", [1e-6, 1e-13, 1e-30, 1e6])
+def test_the_steepest_direction_does_not_depend_on_the_gradients_length(norm: str, scale: float) -> None:
+    """A confident model's gradient is tiny, and points as well as any."""
+    gradient = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    shape = geometry(norm)
+    torch.testing.assert_close(shape.steepest(scale * gradient), shape.steepest(gradient))
+    assert torch.equal(shape.steepest(0 * gradient), 0 * gradient)
 
 
 @pytest.mark.parametrize("norm", GEOMETRIES)

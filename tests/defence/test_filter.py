@@ -139,7 +139,8 @@ def test_one_image_without_a_batch(networks: Any, view: Any) -> None:
     assert torch.equal(filter(x[0]), filter(x[:1])[0])
     single = x[0].clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(filter(single).sum(), single)
-    (batched,) = torch.autograd.grad(filter(x[:1].requires_grad_(True)).sum(), x)
+    batch = x[:1].clone().requires_grad_(True)
+    (batched,) = torch.autograd.grad(filter(batch).sum(), batch)
     torch.testing.assert_close(gradient, batched[0])
 
 

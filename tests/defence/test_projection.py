@@ -97,6 +97,31 @@ def test_the_reference_is_defense_gan(networks: Any, dtype: torch.dtype) -> None
         torch.testing.assert_close(found.error[i], error, rtol=1e-5, atol=0)
 
 
+def test_adam_is_that_of_torch_with_a_falling_rate() -> None:
+    generator, x, config = Curved(), images(3), ProjectionConfig("adam", "prior", steps=30, iterate="last")
+    z = starts(x, 3, config, None)[:, 0].clone().requires_grad_(True)
+    adam = torch.optim.Adam([z], lr=0.1, betas=(0.9, 0.99))
+    rate = torch.optim.lr_scheduler.LambdaLR(adam, lambda k: 1 - k / 30)
+    for _ in range(30):
+        adam.zero_grad()
+        (generator(z) - x).square().sum().backward()
+        adam.step()
+        rate.step()
+    torch.testing.assert_close(project(generator, x, config).z, z.detach(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("step_size", [0.3, 1.0, 5.0])
+def test_lbfgs_takes_back_steps_that_are_too_long(linear: Any, step_size: float) -> None:
+    x = images(4)
+    found = project(linear, x, ProjectionConfig("lbfgs", "prior", steps=150, step_size=step_size))
+    torch.testing.assert_close(found.z, linear.solve(x), atol=1e-4, rtol=0)
+    generator = Curved()
+    found = project(generator, x, ProjectionConfig("lbfgs", "prior", steps=150, step_size=step_size))
+    z = found.z.requires_grad_(True)
+    (gradient,) = torch.autograd.grad((generator(z) - x).square().sum(), z)
+    assert gradient.abs().max() < 1e-4
+
+
 def test_the_reference_is_as_published() -> None:
     assert (REFERENCE.restarts, REFERENCE.steps, REFERENCE.step_size, REFERENCE.momentum) == (
         10,
