@@ -23,5 +23,5 @@ def update_average(average: nn.Module, module: nn.Module, batch: int, images: in
     decay = 0.5 ** (batch / max(min(half_life, 0.1 * images), 1e-8))
     for mean, value in zip(average.parameters(), module.parameters(), strict=True):
         mean.lerp_(value.detach(), 1 - decay)
-    for mean, value in zip(average.buffers(), module.buffers(), strict=True):
-        mean.copy_(value)
+    for kept, current in zip(average.buffers(), module.buffers(), strict=True):
+        kept.copy_(current)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from lightning_fabric import Fabric
@@ -22,7 +23,7 @@ class EncoderConfig:
     The loss is `‖G(E(x)) − x‖²` on data plus `latent_weight · ‖E(G(z)) − z‖²` on samples.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}  # read by pipelines.config
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
 
     images: int = 25_000
     batch_size: int = 64
@@ -42,7 +43,7 @@ class EncoderConfig:
 
 def encoder_state(fabric: Fabric, encoder: Encoder, config: EncoderConfig) -> State:
     """Training starts from `encoder` (the joint one, or fresh)."""
-    encoder = fabric.to_device(encoder)
+    encoder = encoder.to(fabric.device)
     optimizer = torch.optim.Adam(encoder.parameters(), lr=config.lr, betas=(0.9, 0.99))
     return {
         "encoder": encoder,
@@ -72,9 +73,7 @@ def train_encoder(
         batch = config.batch_size * fabric.world_size
         state["step"] += 1
         state["images"] += batch
-        update_average(
-            state["encoder_average"], encoder, batch, state["images"], config.average_half_life
-        )
+        update_average(state["encoder_average"], encoder, batch, state["images"], config.average_half_life)
         yield Record(
             state["images"],
             {"reconstruction_error": reconstruction.detach().mean(), "latent_error": inversion.detach()},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from lightning_fabric import Fabric
@@ -16,6 +16,9 @@ Batches = Callable[[int], Tensor]
 State = dict[str, Any]
 
 
+M = TypeVar("M", bound=nn.Module)
+
+
 class Record(NamedTuple):
     """What a training loop yields after each step: images seen by all processes, and scalars ()."""
 
@@ -23,7 +26,7 @@ class Record(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
+def seeded(seed: int, build: Callable[[], M]) -> M:
     """Build a module with weights that depend on `seed` alone; the global RNG is left untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -41,7 +44,7 @@ def descend(fabric: Fabric, optimizer: torch.optim.Optimizer, loss: Tensor, lr: 
     fabric.backward(loss)
     for parameter in parameters:
         if fabric.world_size > 1 and parameter.grad is not None:
-            parameter.grad = fabric.all_reduce(parameter.grad, reduce_op="mean")  # type: ignore[assignment]
+            parameter.grad = fabric.all_reduce(parameter.grad, reduce_op="mean")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

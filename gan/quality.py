@@ -31,7 +31,7 @@ def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3) -> Precisi
     """
     distances = torch.cdist(fake, real)  # (M, N)
     precision = (distances <= _radii(real, neighbours)).any(1).float().mean()
-    recall = (distances.T <= _radii(fake, neighbours)).any(1).float().mean()
+    recall = (_radii(fake, neighbours) >= distances.T).any(1).float().mean()
     return PrecisionRecall(float(precision), float(recall))
 
 

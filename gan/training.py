@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from lightning_fabric import Fabric
@@ -30,7 +30,7 @@ class GanConfig:
     (0: no joint encoder); `latent_weight` adds `‖E(G(z)) − z‖²` for the encoder alone.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}  # read by pipelines.config
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
 
     loss: Literal["r3gan", "wgan_gp"] = "r3gan"
     images: int = 80_000
@@ -47,6 +47,8 @@ class GanConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
 
     def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
         for name in ("images", "batch_size", "critic_steps", "penalty_every", "average_half_life"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -63,10 +65,10 @@ class GanConfig:
 def gan_state(fabric: Fabric, image_shape: tuple[int, int, int], config: GanConfig, seed: int) -> State:
     """Fresh networks, optimisers and counters for images of shape (C, H, W)."""
     networks = config.network
-    generator = fabric.to_device(seeded(seed, lambda: Generator(image_shape, networks)))
-    critic = fabric.to_device(seeded(seed + 1, lambda: Critic(image_shape, networks)))
-    encoder = fabric.to_device(seeded(seed + 2, lambda: Encoder(image_shape, networks)))
-    adam = {"lr": config.lr, "betas": (config.beta1, config.beta2)}
+    generator = seeded(seed, lambda: Generator(image_shape, networks)).to(fabric.device)
+    critic = seeded(seed + 1, lambda: Critic(image_shape, networks)).to(fabric.device)
+    encoder = seeded(seed + 2, lambda: Encoder(image_shape, networks)).to(fabric.device)
+    betas = (config.beta1, config.beta2)
     inverse = list(encoder.parameters()) if config.reconstruction_weight > 0 else []
     return {
         "generator": generator,
@@ -75,15 +77,19 @@ def gan_state(fabric: Fabric, image_shape: tuple[int, int, int], config: GanConf
         "generator_average": averaged_copy(generator),
         "encoder_average": averaged_copy(encoder),
         "generator_optimizer": fabric.setup_optimizers(
-            torch.optim.Adam([*generator.parameters(), *inverse], **adam)
+            torch.optim.Adam([*generator.parameters(), *inverse], lr=config.lr, betas=betas)
         ),
-        "critic_optimizer": fabric.setup_optimizers(torch.optim.Adam(critic.parameters(), **adam)),
+        "critic_optimizer": fabric.setup_optimizers(
+            torch.optim.Adam(critic.parameters(), lr=config.lr, betas=betas)
+        ),
         "step": 0,
         "images": 0,
     }
 
 
-def train_gan(fabric: Fabric, state: State, batches: Batches, config: GanConfig, seed: int) -> Iterator[Record]:
+def train_gan(
+    fabric: Fabric, state: State, batches: Batches, config: GanConfig, seed: int
+) -> Iterator[Record]:
     """Train `state` in place until `config.images` have been seen, yielding after every step."""
     generator, critic, encoder = state["generator"], state["critic"], state["encoder"]
     loss = LOSSES[config.loss]

@@ -83,8 +83,10 @@ def load_classifier(folder: str | Path) -> ImageClassifier:
     facts, weights = _load(path, CLASSIFIER)
     try:
         architecture = ArchitectureConfig(**facts["architecture"])
-        model = ImageClassifier(_shape(facts["image_shape"]), int(facts["classes"]), architecture)
-    except (KeyError, TypeError, ValueError) as error:
+        model = ImageClassifier(
+            _shape(facts["image_shape"]), _positive("classes", facts["classes"]), architecture
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{path / CLASSIFIER}: not a classifier description: {error}") from None
     _fill(model, weights, "classifier", path / CLASSIFIER)
     return model.eval()
@@ -99,7 +101,11 @@ def _network_facts(generator: nn.Module) -> dict[str, Any]:
 
 
 def _network_modules(generator: nn.Module, encoder: nn.Module | None) -> dict[str, nn.Module]:
-    return {"generator": generator} | ({"encoder": encoder} if encoder is not None else {})
+    if encoder is None:
+        return {"generator": generator}
+    if not isinstance(encoder, Encoder) or encoder.config != generator.config:
+        raise ArtifactError("only our own encoder, of the generator's NetworkConfig, can be saved with it")
+    return {"generator": generator, "encoder": encoder}
 
 
 def _networks(
@@ -110,7 +116,7 @@ def _networks(
         generator = Generator(shape, config)
         with_encoder = any(name.startswith("encoder.") for name in weights)
         encoder = Encoder(shape, config) if with_encoder else None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{source}: not a description of networks: {error}") from None
     _fill(generator, weights, "generator", source)
     if encoder is not None:
@@ -119,8 +125,14 @@ def _networks(
 
 
 def _shape(value: Any) -> tuple[int, int, int]:
-    c, h, w = value
-    return int(c), int(h), int(w)
+    c, h, w = (_positive("image_shape", side) for side in value)
+    return c, h, w
+
+
+def _positive(name: str, value: Any) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected whole numbers above 0, got {value!r}")
+    return value
 
 
 def _locate(folder: Path, name: str, inside: str) -> Path:

@@ -72,7 +72,7 @@ class ManifoldFilter(nn.Module):
             return self.project(x).image
         if self.view == "identity":
             check_images(x, self.image_shape)
-            return x + (self.project(x).image - x).detach()
+            return self.project(x).image + (x - x.detach())
         return project_exactly(self.generator, x, self.config, encoder=self.encoder)  # type: ignore[arg-type]
 
 

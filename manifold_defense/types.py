@@ -1,14 +1,14 @@
 """The vocabulary of the defence, and the legend of shape letters used throughout the project.
 
-    N images   R restarts   D latent size   K classes   C channels   H, W pixels   P = C·H·W
-    G generator   E encoder   f classifier   x image   z latent   eps radius of a threat
+N images   R restarts   D latent size   K classes   C channels   H, W pixels   P = C·H·W
+G generator   E encoder   f classifier   x image   z latent   eps radius of a threat
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -44,7 +44,7 @@ class Projection(NamedTuple):
 class Threat:
     """All images within `eps` of the clean one, in pixel units of [0, 1]."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # read by pipelines.config
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
 
     norm: Norm = "linf"
     eps: float = 0.3

@@ -22,7 +22,8 @@ def grid(images: Tensor, columns: int = 8) -> Tensor:
     """(N, C, H, W) in [0, 1] as one picture (C, H', W')."""
     from torchvision.utils import make_grid
 
-    return make_grid(images.detach().cpu().clamp(0, 1), nrow=columns, padding=1, pad_value=0.5)
+    picture: Tensor = make_grid(images.detach().cpu().clamp(0, 1), nrow=columns, padding=1, pad_value=0.5)
+    return picture
 
 
 def strips(rows: Sequence[Strip], labels: Sequence[int], classes: Sequence[str]) -> Any:

@@ -19,9 +19,9 @@ import click
 class _Failure(click.ClickException):
     """One line on stderr and an exit code."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(self, message: str, code: int) -> None:
         super().__init__(" ".join(message.split()))
-        self.exit_code = exit_code
+        vars(self)["exit_code"] = code  # click declares it for the class
 
 
 class _Group(click.Group):
@@ -48,14 +48,14 @@ def _fail(message: str, code: int) -> NoReturn:
 def _exit_code(error: Exception) -> int | None:
     from manifold_defense.artifact import ArtifactError
     from pipelines.config import ConfigError
-    from pipelines.context import Interrupted
+    from pipelines.context import InterruptionError
     from pipelines.data import DataError
     from pipelines.purify import PurifyError
     from pipelines.stage import StageError
 
     if isinstance(error, ConfigError):
         return 2
-    if isinstance(error, Interrupted):
+    if isinstance(error, InterruptionError):
         return 130
     if isinstance(error, (StageError, DataError, ArtifactError, PurifyError)):
         return 1
@@ -203,10 +203,16 @@ def _show_results(console: Any, config: Any, *, with_report: bool) -> None:
 @main.command("filter")
 @click.argument("source", metavar="INPUT", type=click.Path(path_type=Path))
 @click.argument("target", metavar="OUTPUT", type=click.Path(path_type=Path))
-@click.option("--filter", "folder", type=click.Path(path_type=Path), metavar="FOLDER", help="An exported filter.")
+@click.option(
+    "--filter", "folder", type=click.Path(path_type=Path), metavar="FOLDER", help="An exported filter."
+)
 @click.option("--force", is_flag=True, help="Write into a folder that is not empty.")
-@click.option("--run", "run_name", metavar="NAME", help="Use the filter that this run exported (default: digits).")
-def filter_command(source: Path, target: Path, folder: Path | None, force: bool, run_name: str | None) -> None:
+@click.option(
+    "--run", "run_name", metavar="NAME", help="Use the filter that this run exported (default: digits)."
+)
+def filter_command(
+    source: Path, target: Path, folder: Path | None, force: bool, run_name: str | None
+) -> None:
     """Purify an image, or a folder tree of images, and list each one's error in OUTPUT/errors.csv."""
     from manifold_defense.artifact import load_filter
     from pipelines.purify import purify

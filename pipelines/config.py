@@ -11,9 +11,9 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from gan.inversion import EncoderConfig
 from gan.training import GanConfig
@@ -24,7 +24,7 @@ from manifold_defense.projection import ProjectionConfig
 from manifold_defense.types import Norm, Threat
 from pipelines.data import DataConfig
 
-_STRICT = {"extra": "forbid"}
+_STRICT = ConfigDict(extra="forbid")
 
 
 class ConfigError(Exception):
@@ -35,7 +35,7 @@ class ConfigError(Exception):
 class FabricConfig:
     """Devices, processes and precision, as Lightning Fabric names them. Never part of a result's identity."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__: ClassVar = _STRICT
 
     accelerator: str = "auto"
     devices: int | str = "auto"
@@ -48,7 +48,7 @@ class FabricConfig:
 class ClassifierConfig:
     """The classifier to defend, and its training on clean images."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__: ClassVar = _STRICT
 
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -61,7 +61,7 @@ class ProjectStageConfig:
     `images` 0 takes all test images; the attack knows nothing of the filter.
     """
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__: ClassVar = _STRICT
 
     images: int = 0
     threat: Threat = field(default_factory=lambda: Threat("linf", 0.15))
@@ -82,7 +82,7 @@ class HardenConfig:
     ramp         share of the training over which the radius of pgd grows to eps
     """
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__: ClassVar = _STRICT
 
     objective: Literal["pgd", "latent", "clean"] = "pgd"
     norm: Norm = "linf"
@@ -106,7 +106,7 @@ class HardenConfig:
 class EvaluateConfig:
     """What is measured: every attack on every defence for every threat, on `images` test images (0: all)."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__: ClassVar = _STRICT
 
     images: int = 0
     batch_size: int = 250
@@ -131,7 +131,7 @@ class EvaluateConfig:
 class Config:
     """Everything that a run depends on; `run` names its folder below `runs/`."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__: ClassVar = _STRICT
 
     run: str = "digits"
     seed: int = 0

@@ -36,7 +36,7 @@ STATE = "state.ckpt"
 SAVES, SCALARS = 20, 200
 
 
-class Interrupted(Exception):
+class InterruptionError(Exception):
     """Ctrl-C, after the state has been saved."""
 
 
@@ -156,7 +156,7 @@ class Context:
     ) -> None:
         """Run a training loop to its end with progress, scalars, pictures and saved states.
 
-        Ctrl-C lets the step finish, saves, and raises Interrupted; a second one stops at once.
+        Ctrl-C lets the step finish, saves, and raises InterruptionError; a second one stops at once.
         """
         fabric, path = self.fabric, self.folder / STATE
         partial = path.with_name(STATE + ".partial")
@@ -190,7 +190,7 @@ class Context:
                     if picture is not None and fabric.is_global_zero:
                         picture(record.images)
                 if halted and record.images < total:
-                    raise Interrupted
+                    raise InterruptionError
 
     def map_images(
         self, work: Callable[[int, slice], tuple[Tensor, ...]], n: int, size: int
@@ -233,7 +233,7 @@ class Context:
             TimeRemainingColumn(),
             console=self.shop.console,
             transient=True,
-            disable=not self.fabric.is_global_zero,
+            disable=not (self.main and self.shop.console.is_terminal),
         ) as bar:
             task = bar.add_task(self.stage, total=total)
             yield lambda done: bar.update(task, completed=min(done, total))
@@ -246,7 +246,9 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.speed
-        return Text(f"{speed:,.0f} {self.unit}/s" if speed else f"- {self.unit}/s", style="progress.data.speed")
+        return Text(
+            f"{speed:,.0f} {self.unit}/s" if speed else f"- {self.unit}/s", style="progress.data.speed"
+        )
 
 
 def _crossed(before: int, now: int, total: int, times: int) -> bool:

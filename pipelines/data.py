@@ -21,7 +21,7 @@ from torch import Tensor
 
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "image_folder")
 
-_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
 _IDX_FILES = (
     "train-images-idx3-ubyte",
@@ -122,7 +122,8 @@ def data_digest(config: DataConfig) -> str:
         return _digest([config.name])
     root = config.root.expanduser().absolute()
     return _folder_digest(
-        root, [p for s in ("train", "test") for c in _class_names(root / s) for p in _image_files(root / s / c)]
+        root,
+        [p for s in ("train", "test") for c in _class_names(root / s) for p in image_files(root / s / c)],
     )
 
 
@@ -181,7 +182,7 @@ def _digest(lines: Sequence[str]) -> str:
     return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()[:12]
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -235,7 +236,7 @@ def _torchvision(config: DataConfig) -> Dataset:
         complete = all(os.path.exists(target / file) for file in files)
         problem = "damaged and could not be replaced" if complete else "not found and could not be downloaded"
         raise DataError(
-            f"{config.name}: {problem} ({_one_line(error)}); put {', '.join(files)} into {target}"
+            f"{config.name}: {problem} ({one_line(error)}); put {', '.join(files)} into {target}"
         ) from error
 
 
@@ -262,7 +263,7 @@ def _image_folder(config: DataConfig) -> Dataset:
             f"image_folder: {root / 'test'} must have the classes of train: missing {missing}; extra {extra}"
         )
     # List everything before decoding anything, so that an empty class is reported at once.
-    files = {split: [_image_files(root / split / name) for name in classes] for split in ("train", "test")}
+    files = {split: [image_files(root / split / name) for name in classes] for split in ("train", "test")}
     train, skipped_train = _decode_split(files["train"], root / "train", classes, config)
     test, skipped_test = _decode_split(files["test"], root / "test", classes, config)
     paths = [path for split in files.values() for members in split for path in members]
@@ -285,18 +286,24 @@ def _class_names(folder: Path) -> tuple[str, ...]:
         raise DataError(f"image_folder: cannot read the folder {folder}: {error.strerror}") from error
 
 
-def _image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """Every image file below a class folder, a dangling link too: it shall be named, not overlooked."""
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in _EXTENSIONS
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and not path.is_dir()
-    )
+    files = []
+    for parent, folders, names in os.walk(folder, onerror=_unreadable_folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [
+            Path(parent, name)
+            for name in names
+            if Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
+        ]
+    files.sort()
     if not files:
-        raise DataError(f"image_folder: no image file ({' '.join(sorted(_EXTENSIONS))}) in {folder}")
+        raise DataError(f"image_folder: no image file ({' '.join(sorted(EXTENSIONS))}) in {folder}")
     return files
+
+
+def _unreadable_folder(error: OSError) -> None:
+    raise DataError(f"image_folder: cannot read the folder {error.filename}: {error.strerror}") from error
 
 
 def _folder_digest(root: Path, paths: Sequence[Path]) -> str:
@@ -321,9 +328,9 @@ def _decode_split(
     def decode(index: int) -> str | None:
         """Fill in one image, or return why not."""
         try:
-            pixels = torch.from_numpy(_decode(paths[index], config.channels, config.image_size))
+            pixels = torch.from_numpy(decode_image(paths[index], config.channels, config.image_size))
         except Exception as error:  # corrupt bytes raise nearly anything: OSError, SyntaxError, struct.error
-            return _one_line(error)
+            return one_line(error)
         images[index] = pixels.permute(2, 0, 1)
         return None
 
@@ -345,7 +352,7 @@ def _decode_split(
     return ImageData(images, labels), skipped
 
 
-def _decode(path: Path, channels: int, size: int) -> NDArray[np.uint8]:
+def decode_image(path: Path, channels: int, size: int) -> NDArray[np.uint8]:
     """One image (size, size, channels): upright, on black, centre square, resized with antialiasing.
 
     Of 16-bit grey the high byte is taken, of an animation the first frame. Raises for a truncated file.

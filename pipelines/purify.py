@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from manifold_defense.filter import ManifoldFilter
-from pipelines.data import _EXTENSIONS, DataError, _decode, _image_files, _one_line, to_float
+from pipelines.data import EXTENSIONS, DataError, decode_image, image_files, one_line, to_float
 
 ERRORS = "errors.csv"
 # What JPEG would change is a perturbation of its own, made after the filter.
@@ -173,9 +173,9 @@ def _plan(source: Path, target: Path) -> list[_Task]:
         raise PurifyError(f"{target}: input and output folder must not contain one another ({source})")
     with _explained(source, "read"):
         try:
-            files = _image_files(source)
+            files = image_files(source)
         except DataError:
-            raise PurifyError(f"{source}: no image file ({' '.join(sorted(_EXTENSIONS))}) in it") from None
+            raise PurifyError(f"{source}: no image file ({' '.join(sorted(EXTENSIONS))}) in it") from None
     makers: dict[Path, str] = {}  # result -> the source that it is made of
     for path in files:
         relative = path.relative_to(source)
@@ -230,11 +230,11 @@ def _read(paths: Sequence[Path], channels: int, size: int) -> list[NDArray[np.ui
 
     def read(path: Path) -> NDArray[np.uint8] | str:
         try:
-            return _decode(path, channels, size)
+            return decode_image(path, channels, size)
         except UnidentifiedImageError:
             return "not an image of a known format"
         except Exception as error:  # corrupt bytes raise nearly anything: OSError, SyntaxError, struct.error
-            return getattr(error, "strerror", None) or _one_line(error)
+            return getattr(error, "strerror", None) or one_line(error)
 
     Image.init()  # Here, lest the threads race to load the decoders.
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -271,4 +271,4 @@ def _explained(path: Path, verb: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise PurifyError(f"{path}: cannot be {verb}: {error.strerror or _one_line(error)}") from error
+        raise PurifyError(f"{path}: cannot be {verb}: {error.strerror or one_line(error)}") from error

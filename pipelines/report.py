@@ -105,7 +105,7 @@ def print_results(console: Console, metrics: Mapping[str, Any]) -> None:
             shown.add_row(*line[:6], f"[bold]{line[6]}[/]", line[7])
         console.print(shown)
     for sentence in summary(metrics["rows"]):
-        console.print(sentence, highlight=False)
+        console.print(sentence, highlight=False, soft_wrap=True)
 
 
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

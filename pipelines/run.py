@@ -51,7 +51,8 @@ def intention(name: str, folder: StageFolder, plan: Plan, status: Status, force:
         return "resume"
     if begun is not None and not force:
         raise StageError(
-            f"{folder.part}: unfinished work with other settings: {plan.difference(begun)}; --force discards it"
+            f"{folder.part}: unfinished work with other settings: {plan.difference(begun)}; "
+            "--force discards it"
         )
     return {"stale": "make anew", "unfinished": "start again", "missing": "run"}[status]
 
@@ -108,8 +109,9 @@ def _run_stage(shop: Workshop, name: str, folder: StageFolder, plan: Plan, *, fo
         metrics = STAGES[name].run(context)
     finally:
         context.close()
+        if fabric.is_global_zero:
+            seconds = folder.spent(time.perf_counter() - started)
     fabric.barrier()
-    seconds = time.perf_counter() - started
     if fabric.is_global_zero:
         folder.commit(plan, metrics, seconds)
         console.print(f"{name}: done in {seconds:.0f} s{_figures(metrics)}", highlight=False)

@@ -66,7 +66,7 @@ class Plan:
             return f"it was made by version {facts.get('version')} of the stage, this is {self.version}"
         before = facts.get("config", {})
         wanted = json.loads(json.dumps(dict(self.config), default=str))
-        for key in sorted({*before, *wanted}, key=lambda k: (list(wanted).index(k) if k in wanted else -1)):
+        for key in sorted({*before, *wanted}, key=lambda k: list(wanted).index(k) if k in wanted else -1):
             if before.get(key) != wanted.get(key):
                 return f"{key} was {before.get(key)!r}, is {wanted.get(key)!r}"
         for name, fingerprint in self.inputs.items():
@@ -149,6 +149,13 @@ class StageFolder:
         self.part.mkdir(parents=True)
         write_json(self.part / PLAN, {**dataclasses.asdict(plan), "fingerprint": plan.fingerprint})
         return False
+
+    def spent(self, seconds: float) -> float:
+        """Add `seconds` to what unfinished work has cost so far, and return the sum."""
+        begun = self.begun() or {}
+        total = float(begun.get("seconds", 0.0)) + seconds
+        write_json(self.part / PLAN, {**begun, "seconds": total})
+        return total
 
     def commit(self, plan: Plan, metrics: Mapping[str, Any], seconds: float) -> None:
         """Turn the work folder into the finished stage, in one rename."""

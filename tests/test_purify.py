@@ -386,7 +386,7 @@ def test_an_empty_folder_needs_no_force(rgb: ManifoldFilter, tmp_path: Path) -> 
 # Root may write anywhere, so a file stands where a folder should.
 @pytest.mark.parametrize("source", ["in", "in/a.png"])
 @pytest.mark.parametrize("target", ["file/out.png", "file/deep/out"])
-def test_a_target_that_cannot_be_written_is_one_line(
+def test_a_target_that_cannot_be_written_isone_line(
     rgb: ManifoldFilter, tmp_path: Path, source: str, target: str
 ) -> None:
     save_tree(tmp_path / "in")

@@ -28,7 +28,13 @@ class Rule(NamedTuple):
     lazy_importers: tuple[str, ...] = ()
 
 
-LOOPS = ("gan.training", "gan.inversion", "gan.optimisation", "manifold_defense.hardening", "manifold_defense.evaluation")
+LOOPS = (
+    "gan.training",
+    "gan.inversion",
+    "gan.optimisation",
+    "manifold_defense.hardening",
+    "manifold_defense.evaluation",
+)
 
 RULES = (
     Rule("gan", ("gan", "manifold_defense.artifact", "pipelines")),

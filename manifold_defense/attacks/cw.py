@@ -40,8 +40,8 @@ def cw(
         raise ValueError(f"cw: expected norm l2, got {norm!r}")
     size = geometry(norm).size
     x = x.detach()
-    best, best_size = x.clone(), torch.full((len(x),), torch.inf, device=x.device)
-    weight = torch.full((len(x),), initial_weight, device=x.device)
+    best, best_size = x.clone(), x.new_full((len(x),), torch.inf)
+    weight = x.new_full((len(x),), initial_weight)
     low, high = torch.zeros_like(weight), torch.full_like(weight, torch.inf)
 
     with evaluation_mode(model):

@@ -36,6 +36,7 @@ def latent_attack(
             eps=eps,
             steps=steps,
             restarts=restarts,
+            stop_early=False,
             bounds=(-math.inf, math.inf),
             seed=seed,
         )

@@ -20,11 +20,19 @@ class Geometry(NamedTuple):
 
 
 def _l2(delta: Tensor) -> Tensor:
-    return delta.flatten(1).norm(dim=1)
+    size: Tensor = torch.linalg.vector_norm(delta.flatten(1), dim=1)
+    return size
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def _l2_steepest(gradient: Tensor) -> Tensor:
+    # Scaled first: the gradient of a confident model is tiny, and no less a direction. Zero stays zero.
+    largest = gradient.flatten(1).abs().amax(1) if gradient.numel() else gradient.new_ones(len(gradient))
+    scaled = gradient / _column(torch.where(largest > 0, largest, 1.0), gradient)
+    return scaled / _column(_l2(scaled).clamp(min=1e-12), gradient)
 
 
 def _l2_project(delta: Tensor, eps: float) -> Tensor:
@@ -35,7 +43,7 @@ def _l2_project(delta: Tensor, eps: float) -> Tensor:
 
 def _l2_sample(like: Tensor, eps: float, rng: torch.Generator) -> Tensor:
     direction = torch.randn(like.shape, generator=rng).to(like)
-    radius = torch.rand(len(like), generator=rng).to(like) ** (1 / max(like[0].numel(), 1))
+    radius = torch.rand(len(like), generator=rng).to(like) ** (1 / max(like.shape[1:].numel(), 1))
     return _l2_project(direction / _column(_l2(direction).clamp(min=1e-12), like) * eps, eps) * _column(
         radius, like
     )
@@ -50,7 +58,7 @@ GEOMETRIES = {
     ),
     "l2": Geometry(
         size=_l2,
-        steepest=lambda gradient: gradient / _column(_l2(gradient).clamp(min=1e-12), gradient),
+        steepest=_l2_steepest,
         project=_l2_project,
         sample=_l2_sample,
     ),

@@ -7,6 +7,7 @@ Athalye, Carlini & Wagner 2018, section 3.1).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def order(rows: Sequence[Row]) -> list[str]:
     findings = []
     for (defence, norm, eps), cell in strongest.items():
         present = [name for name in _ORDER if name in cell]
-        for weak, strong in zip(present, present[1:], strict=False):
+        for weak, strong in pairwise(present):
             if cell[strong] > cell[weak] + _TOLERANCE:
                 findings.append(
                     f"{defence}, {norm} {eps:g}: {strong} leaves {cell[strong]:.1%} robust, "
@@ -42,7 +43,10 @@ def order(rows: Sequence[Row]) -> list[str]:
 def dead_gradients(name: str, model: Classifier, x: Tensor, y: Tensor) -> list[str]:
     """Images (N, C, H, W) whose margin has a zero or non-finite gradient under `model`."""
     with evaluation_mode(model):
-        _, gradient = logits_and_gradient(model, x, y, "margin", targeted=False)
+        try:
+            _, gradient = logits_and_gradient(model, x, y, "margin", targeted=False)
+        except RuntimeError as error:  # the graph is cut: a detached filter, or one under no_grad
+            return [f"{name}: the gradient is missing on {len(x)} of {len(x)} images ({error})"]
     flat = gradient.flatten(1)
     dead = (~torch.isfinite(flat).all(1)) | (flat.abs().amax(1) == 0)
     if not dead.any():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from manifold_defense.attacks import cw, fgsm, noise, pgd
 from manifold_defense.filter import DefendedClassifier
@@ -26,7 +26,7 @@ class AttackConfig:
                classifier has but its own gradient, and meets the attack once whatever stands here.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}  # read by pipelines.config
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
 
     name: Literal["noise", "fgsm", "pgd", "cw"] = "pgd"
     steps: int = 40

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
@@ -26,7 +26,7 @@ LabelledBatches = Callable[[int], tuple[Tensor, Tensor]]
 class TrainingConfig:
     """Length, counted in images seen, and pace of a classifier's training (AdamW, one cosine)."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # read by pipelines.config
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
 
     images: int = 60_000
     batch_size: int = 64

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ProjectionConfig:
     chunk       latents optimised at a time, images times restarts; bounds memory, not the result
     """
 
-    __pydantic_config__ = {"extra": "forbid"}  # read by pipelines.config
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
 
     solver: Literal["gd", "adam", "lbfgs"] = "adam"
     start: Literal["encoder", "prior", "origin"] = "encoder"
@@ -42,8 +42,9 @@ class ProjectionConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name, least in (("restarts", 1), ("steps", 0), ("chunk", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
         if not self.step_size >= 0:
             raise ValueError(f"step_size: expected at least 0, got {self.step_size}")
         if not 0 <= self.momentum < 1:

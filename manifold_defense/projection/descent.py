@@ -43,7 +43,7 @@ def _project_chunk(
     with torch.no_grad():
         z = starts(x, generator.latent_dim, config, encoder).flatten(0, 1)
     path = _descend(generator, x.repeat_interleave(restarts, 0), z, config)
-    winner = path.loss.view(n, restarts).argmin(1) + restarts * torch.arange(n, device=x.device)
+    winner = _best_restart(path, n) + restarts * torch.arange(n, device=x.device)
     z = path.z[winner]
     with torch.no_grad():
         image = generator(z)
@@ -94,13 +94,18 @@ def _descend(
     return path
 
 
+def _best_restart(path: _Path, n: int) -> Tensor:
+    """The restart of least loss for each of n images, (n,); one that diverged never wins."""
+    return path.loss.view(n, -1 if n else 1).nan_to_num(nan=torch.inf).argmin(1)
+
+
 def _squared_error(generator: Generator, z: Tensor, x: Tensor) -> Tensor:
     """`‖G(z) − x‖²` of each row, (M,)."""
     return (generator(z) - x).square().flatten(1).sum(1)
 
 
 def _scaled(loss: Tensor, gradient: Tensor, x: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
-    pixels = x[0].numel() if mean else 1
+    pixels = x.shape[1:].numel() if mean else 1
     return loss / pixels, gradient / pixels
 
 
@@ -131,7 +136,7 @@ class _Unrolled(torch.autograd.Function):
             path = _descend(
                 generator, x.repeat_interleave(restarts, 0), start.flatten(0, 1), config, record=True
             )
-        choice = path.loss.view(n, restarts).argmin(1)
+        choice = _best_restart(path, n)
         winner = choice + restarts * torch.arange(n, device=x.device)
         ctx.generator, ctx.config, ctx.choice, ctx.index = generator, config, choice, path.index[winner]
         ctx.states = [tuple(entry[winner] for entry in state) for state in path.states]
@@ -140,7 +145,7 @@ class _Unrolled(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, start = ctx.saved_tensors
         config: ProjectionConfig = ctx.config
         solver = SOLVERS[config.solver]

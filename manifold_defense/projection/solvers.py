@@ -68,7 +68,17 @@ def _lbfgs_init(z: Tensor, config: ProjectionConfig) -> State:
     pairs = z.new_zeros(rows, _MEMORY, dim)
     column = z.new_zeros(rows, 1)
     # trial point, accepted point, its loss and gradient, direction, step length, s, y and 1/(s·y)
-    return (z, z, column + torch.inf, torch.zeros_like(z), torch.zeros_like(z), column, pairs, pairs, pairs[..., 0])
+    return (
+        z,
+        z,
+        column + torch.inf,
+        torch.zeros_like(z),
+        torch.zeros_like(z),
+        column,
+        pairs,
+        pairs,
+        pairs[..., 0],
+    )
 
 
 def _lbfgs_step(state: State, loss: Tensor, gradient: Tensor, k: int, config: ProjectionConfig) -> State:
@@ -102,10 +112,10 @@ def _lbfgs_step(state: State, loss: Tensor, gradient: Tensor, k: int, config: Pr
     f = torch.where(accepted, loss, f)
     g = torch.where(accepted, gradient, g)
     turned = -_two_loops(g, s, y, rho)
-    # Without curvature yet, a first step of length `step_size` at most.
+    # Without curvature yet, a first step of length `step_size` at most; then Newton's own.
     steepest = rho[:, -1:] == 0
     size = (g.square().sum(1, keepdim=True) + 1e-24).sqrt()
-    fresh = torch.where(steepest, (1 / size).clamp(max=1.0), torch.ones_like(size)) * _step_size(config)
+    fresh = torch.where(steepest, (1 / size).clamp(max=1.0) * _step_size(config), torch.ones_like(size))
     direction = torch.where(accepted, turned, direction)
     length = torch.where(accepted, fresh, shorter)
     return z + length * direction, z, f, g, direction, length, s, y, rho

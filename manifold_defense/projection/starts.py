@@ -16,7 +16,8 @@ def starts(x: Tensor, latent_dim: int, config: ProjectionConfig, encoder: Encode
     depend on its place in a batch. With `start="encoder"` the first restart is E(x).
     """
     rng = torch.Generator().manual_seed(config.seed)
-    draws = torch.randn(config.restarts, latent_dim, generator=rng).to(x)
+    # One draw at a time, so that more restarts add to the fewer and never replace them.
+    draws = torch.stack([torch.randn(latent_dim, generator=rng) for _ in range(config.restarts)]).to(x)
     if config.start == "origin":
         draws = draws / latent_dim**0.5
     z = draws.unsqueeze(0).expand(len(x), -1, -1)

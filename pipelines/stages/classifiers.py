@@ -28,7 +28,6 @@ def train(context: Context) -> dict[str, Any]:
         return ImageClassifier(data.image_shape, len(data.classes), config.architecture, mean, std)
 
     model = seeded(context.config.seed, build)
-    assert isinstance(model, ImageClassifier)
     return _train(context, model, config.training, Clean())
 
 
@@ -37,7 +36,7 @@ def harden(context: Context) -> dict[str, Any]:
     config = context.config.harden
     model = load_classifier(context.inputs["train-classifier"])
     metrics = _train(context, model, config.training, _objective(context, config))
-    hardened = context.fabric.to_device(load_classifier(context.folder))
+    hardened = load_classifier(context.folder).to(context.fabric.device)
     x, y = context.test_images(500)
     x_adv = pgd(hardened, x, y, norm=config.norm, eps=config.eps, steps=20, seed=context.config.seed)
     return {**metrics, "pgd20_accuracy": _accuracy(hardened, x_adv, y)}
@@ -50,9 +49,9 @@ def _objective(context: Context, config: HardenConfig) -> Objective:
         return Pgd(config.norm, config.eps, config.steps, config.clean_share, config.ramp)
     generator, encoder = load_gan(context.inputs["train-encoder"])
     assert encoder is not None  # train-encoder always writes one
-    generator, encoder = generator.requires_grad_(False).eval(), encoder.requires_grad_(False).eval()
-    to_device = context.fabric.to_device
-    return Latent(to_device(generator), to_device(encoder), config.eps, config.steps, config.clean_share)
+    for network in (generator, encoder):
+        network.requires_grad_(False).eval().to(context.fabric.device)
+    return Latent(generator, encoder, config.eps, config.steps, config.clean_share)
 
 
 def _train(
@@ -78,7 +77,5 @@ def _train(
 
 @torch.no_grad()
 def _accuracy(model: ImageClassifier, x: Tensor, y: Tensor) -> float:
-    hits = [
-        (model(a).argmax(1) == b).float() for a, b in zip(x.split(1000), y.split(1000), strict=True)
-    ]
+    hits = [(model(a).argmax(1) == b).float() for a, b in zip(x.split(1000), y.split(1000), strict=True)]
     return float(torch.cat(hits).mean())

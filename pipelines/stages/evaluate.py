@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -36,7 +35,7 @@ def run(context: Context) -> dict[str, Any]:
     with context.progress(len(todo), unit="jobs") as advance:
         for index, job in enumerate(todo):
             path = kept / f"{index:03d}.safetensors"
-            outcome = _kept(path, job)
+            outcome = _kept(path)
             if outcome is None:
 
                 def work(chunk: int, part: slice, job: Job = job) -> tuple[Tensor, ...]:
@@ -56,8 +55,8 @@ def run(context: Context) -> dict[str, Any]:
         _write_csv(context.folder / "images.csv", y, outcomes)
         _pictures(context, todo, x, y)
         for r in rows:
-            name = "/".join(str(part) for part in (r.defence, r.norm, f"{r.eps:g}", r.attack, r.view) if part)
-            context.board.add_scalar(name, r.robust_accuracy, 0)
+            cell = (r.defence, r.norm, f"{r.eps:g}", r.attack, r.view)
+            context.board.add_scalar("/".join(part for part in cell if part), r.robust_accuracy, 0)
         shutil.rmtree(kept)
     return {"n": len(x), "warnings": warnings, "rows": [r.as_dict() for r in rows]}
 
@@ -65,8 +64,7 @@ def run(context: Context) -> dict[str, Any]:
 def make_defences(context: Context) -> list[Defence]:
     """The classifier and the hardened one, each bare and behind the filter."""
     filter, classifier = load_parts(context)
-    hardened = load_classifier(context.inputs["harden"]).requires_grad_(False)
-    hardened = context.fabric.to_device(hardened)
+    hardened = load_classifier(context.inputs["harden"]).requires_grad_(False).to(context.fabric.device)
     return [
         Defence.bare("undefended", classifier),
         Defence.filtered("filter", DefendedClassifier(filter, classifier)),
@@ -85,8 +83,8 @@ def _keep(path: Path, job: Job, outcome: Outcome) -> None:
     partial.replace(path)
 
 
-def _kept(path: Path, job: Job) -> Outcome | None:
-    """What an interrupted run of this stage found for the job; a damaged file is done again."""
+def _kept(path: Path) -> Outcome | None:
+    """What an interrupted run of this stage found for a job; a damaged file is done again."""
     try:
         return Outcome(**load_file(path))
     except (FileNotFoundError, SafetensorError):
@@ -99,14 +97,29 @@ def _write_csv(path: Path, y: Tensor, outcomes: list[tuple[Job, Outcome]]) -> No
     with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(
-            "image,label,defence,attack,view,norm,eps,prediction,correct,distance".split(",")
+            [
+                "image",
+                "label",
+                "defence",
+                "attack",
+                "view",
+                "norm",
+                "eps",
+                "prediction",
+                "correct",
+                "distance",
+            ]
         )
         labels = y.tolist()
         for job, outcome in outcomes:
             r = row(job, outcome)
             facts = (r.defence, r.attack, r.view or "", r.norm or "", r.eps)
             columns = zip(
-                labels, outcome.prediction.tolist(), outcome.correct.tolist(), outcome.size.tolist(), strict=True
+                labels,
+                outcome.prediction.tolist(),
+                outcome.correct.tolist(),
+                outcome.size.tolist(),
+                strict=True,
             )
             for i, (label, prediction, correct, size) in enumerate(columns):
                 writer.writerow((i, label, *facts, prediction, int(correct), f"{size:.5f}"))

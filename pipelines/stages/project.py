@@ -11,6 +11,7 @@ from torch import Tensor
 from gan.quality import frechet_distance, precision_recall
 from manifold_defense.artifact import load_classifier, load_gan
 from manifold_defense.attacks import pgd
+from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.filter import ManifoldFilter
 from pipelines.board import Strip, predictions, save_figure, strips
 from pipelines.context import Context
@@ -18,12 +19,13 @@ from pipelines.context import Context
 CHUNK = 250
 
 
-def load_parts(context: Context) -> tuple[ManifoldFilter, torch.nn.Module]:
+def load_parts(context: Context) -> tuple[ManifoldFilter, ImageClassifier]:
     """The filter of this run and the classifier, on this process's device."""
     generator, encoder = load_gan(context.inputs["train-encoder"])
     filter = ManifoldFilter(generator, encoder, context.config.projection)
     classifier = load_classifier(context.inputs["train-classifier"])
-    return context.fabric.to_device(filter), context.fabric.to_device(classifier.requires_grad_(False))
+    device = context.fabric.device
+    return filter.to(device), classifier.requires_grad_(False).to(device)
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -41,7 +43,13 @@ def run(context: Context) -> dict[str, Any]:
             nonlocal projecting
             clean, labels = x[part], y[part]
             attacked = pgd(
-                classifier, clean, labels, norm=threat.norm, eps=threat.eps, steps=20, stop_early=False,
+                classifier,
+                clean,
+                labels,
+                norm=threat.norm,
+                eps=threat.eps,
+                steps=20,
+                stop_early=False,
                 seed=seed + chunk,
             )
             started = time.perf_counter()
@@ -99,7 +107,7 @@ def run(context: Context) -> dict[str, Any]:
 
 @torch.no_grad()
 def _quality(
-    context: Context, filter: ManifoldFilter, classifier: torch.nn.Module, x: Tensor
+    context: Context, filter: ManifoldFilter, classifier: ImageClassifier, x: Tensor
 ) -> dict[str, float]:
     """Precision, recall and Fréchet distance of as many samples as there are test images (2,000 at most)."""
     x = x[:2000]
@@ -107,7 +115,7 @@ def _quality(
     latent_dim: int = filter.generator.latent_dim  # type: ignore[assignment]
     z = torch.randn(len(x), latent_dim, generator=rng).to(x)
     features = classifier.features
-    real = torch.cat([features(part) for part in x.split(500)])  # type: ignore[operator]
-    fake = torch.cat([features(filter.generator(part)) for part in z.split(500)])  # type: ignore[operator]
+    real = torch.cat([features(part) for part in x.split(500)])
+    fake = torch.cat([features(filter.generator(part)) for part in z.split(500)])
     precision, recall = precision_recall(real, fake)
     return {"precision": precision, "recall": recall, "frechet_distance": frechet_distance(real, fake)}

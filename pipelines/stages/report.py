@@ -16,12 +16,28 @@ unchanged (BPDA). *exact*: it differentiates every step of the projection. Each 
 lowest figure of its attacks; *worst of all* counts an image only if it survives everything, and is the
 figure to quote. Intervals are Wilson's.
 """
+_PICTURES = """
+## Pictures
+
+First the projection of images attacked without knowledge of the filter, then attacks through its exact
+gradient. Predictions stand below, wrong ones in red.
+
+"""
+_PROJECTION = """\
+## The projection
+
+Errors are mean squared distances per pixel; quality is measured in the features of the classifier.
+
+"""
 
 
 def run(context: Context) -> dict[str, Any]:
     if not context.main:
         return {}
-    metrics = {name: json.loads((path / "stage.json").read_text())["metrics"] for name, path in context.inputs.items()}
+    metrics = {
+        name: json.loads((path / "stage.json").read_text())["metrics"]
+        for name, path in context.inputs.items()
+    }
     pictures = []
     for stage in ("project", "evaluate"):
         for source in sorted(context.inputs[stage].glob("strips*.png")):
@@ -36,11 +52,9 @@ def run(context: Context) -> dict[str, Any]:
         f"Data `{config.data.name}`, seed {config.seed}. The whole configuration is at the end.\n\n",
         markdown_results(metrics["evaluate"]),
         "\n" + _LEGEND,
-        "\n## Pictures\n\nFirst the projection of images attacked without knowledge of the filter, then attacks "
-        "through its exact gradient. Predictions stand below, wrong ones in red.\n\n",
+        _PICTURES,
         *(f"![{name}]({name})\n\n" for name in pictures),
-        "## The projection\n\nErrors are mean squared distances per pixel; quality is measured in the features "
-        "of the classifier.\n\n",
+        _PROJECTION,
         markdown_table(("measure", "value"), facts),
         "\n## Every attack\n\n",
         markdown_rows(metrics["evaluate"]["rows"]),

@@ -18,10 +18,8 @@ def run(context: Context) -> dict[str, Any]:
     config, fabric, seed = context.config.encoder, context.fabric, context.config.seed
     generator, encoder = load_gan(context.inputs["train-gan"])
     if encoder is None:
-        fresh = seeded(seed, lambda: Encoder(generator.image_shape, generator.config))
-        assert isinstance(fresh, Encoder)
-        encoder = fresh
-    generator = fabric.to_device(generator.eval().requires_grad_(False))
+        encoder = seeded(seed, lambda: Encoder(generator.image_shape, generator.config))
+    generator = generator.eval().requires_grad_(False).to(fabric.device)
     state = encoder_state(fabric, encoder, config)
     context.resume(state)
 

@@ -86,6 +86,14 @@ def test_a_classifier_comes_back(tmp_path: Path, name: str, shape: tuple[int, in
     assert json.loads((tmp_path / "classifier.json").read_text("utf-8"))["class_names"][-1] == "ë"
 
 
+def test_normalisation_is_the_first_layer() -> None:
+    """Per channel, with the mean and deviation given: budgets stay in pixels."""
+    model, x = make_classifier(shape=(3, 32, 32)), images((3, 32, 32))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ([0.2, 0.3, 0.4], [0.5, 0.4, 0.3]))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), model.head(model.body((x - mean) / std)))
+
+
 @pytest.mark.parametrize("encoder", [True, False])
 def test_a_gan_comes_back(tmp_path: Path, encoder: bool) -> None:
     filter = make_filter(encoder=encoder)

@@ -6,6 +6,7 @@ Beside it the closed forms on linear models: FGSM and PGD end in `x + eps·sign(
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -355,7 +356,7 @@ def test_noise_on_a_linear_model_is_the_best_of_its_draws() -> None:
 
 
 @pytest.mark.parametrize("targeted", [False, True])
-@pytest.mark.parametrize("confidence", [0.0, 1.0])
+@pytest.mark.parametrize("confidence", [0.0, 4.0])
 def test_carlini_wagner_finds_the_distance_to_the_boundary(targeted: bool, confidence: float) -> None:
     model = Linear(m=5.0)
     y = torch.full((3,), 0 if targeted else 1)
@@ -368,6 +369,17 @@ def test_carlini_wagner_finds_the_distance_to_the_boundary(targeted: bool, confi
     assert (found <= expected * 1.05).all()
     # The wrong distance would not pass.
     assert not (found <= expected * 0.95).any()
+
+
+def test_more_searches_never_find_a_farther_image() -> None:
+    model, y = Linear(m=5.0), torch.ones(3, dtype=torch.long)
+    sizes = [
+        (cw(model, GREY, y, steps=25, searches=searches, initial_weight=100.0) - GREY).flatten(1).norm(dim=1)
+        for searches in (1, 2, 4, 8)
+    ]
+    for fewer, more in pairwise(sizes):
+        assert (more <= fewer).all()
+    assert (sizes[-1] < sizes[0]).all()
 
 
 @pytest.mark.parametrize(

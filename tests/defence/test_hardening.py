@@ -119,6 +119,16 @@ def test_the_frozen_average_and_the_model_are_left_as_promised(fabric: Fabric, d
     assert all(p.requires_grad for p in state["model"].parameters())
 
 
+def test_batch_statistics_are_learned_and_averaged(fabric: Fabric, digits: Any) -> None:
+    """Also by a model that comes in eval mode."""
+    state = classifier_state(fabric, with_batch_statistics().eval(), CONFIG)
+    exhaust(train_classifier(fabric, state, batches_of(digits), CONFIG, Clean(), 0), 10)
+    model, average = state["model"][1], state["average"][1]
+    assert int(model.num_batches_tracked) == int(average.num_batches_tracked) == 10
+    assert (average.running_mean - model.running_mean).abs().max() > 0
+    assert average.running_mean.abs().max() > 0
+
+
 # --- Objectives ---
 
 

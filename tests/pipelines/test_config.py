@@ -1,0 +1,99 @@
+"""Configuration: composed, strict, and one line for every mistake."""
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import Config, ConfigError, known_keys, load_config, to_toml
+
+RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+
+
+def test_the_printed_configuration_reads_back_the_same(tmp_path):
+    changed = load_config(None, ["gan.images=7", 'data.root="a \\"b\\" \\\\ c"', "projection.seed=3"])
+    for config in (Config(), changed):
+        file = tmp_path / "config.toml"
+        file.write_text(to_toml(config), encoding="utf-8")
+        assert load_config(file) == config
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_names_its_run(recipe):
+    assert load_config(recipe).run == recipe.stem
+
+
+def test_there_is_a_recipe_for_every_data_set():
+    assert {path.stem for path in RECIPES} == {"digits", "mnist", "fashion_mnist", "cifar10", "image_folder"}
+
+
+def test_the_digits_recipe_is_the_default():
+    assert load_config(next(path for path in RECIPES if path.stem == "digits")) == Config()
+
+
+def test_settings_override_the_file_and_run_overrides_both(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text('run = "a"\n[gan]\nimages = 10\nlr = 0.5\n')
+    config = load_config(file, ["gan.images=2_000", "run=b"], run="c")
+    assert (config.gan.images, config.gan.lr, config.run) == (2000, 0.5, "c")
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("gan.imagess=3", "unknown key gan.imagess; did you mean gan.images?"),
+        ("nothing=1", "unknown key nothing"),
+        ("gan.images=0", "images: expected at least 1, got 0"),
+        ("gan.images=many", "gan.images"),
+        ("gan.lr=nan", "lr"),
+        ("gan.loss=hinge", "gan.loss"),
+        ("gan=3", "gan"),
+        ("gan", "expected KEY=VALUE"),
+        ("=3", "expected KEY=VALUE"),
+        ("gan.images.more=3", "images is not a table"),
+        ("gan.network.latent_dim=-1", "latent_dim: expected at least 1"),
+        ("data.name=imagenet", "name must be one of digits"),
+        ("data.image_size=7", "image_size"),
+        ("run=a/b", "run: expected a plain folder name"),
+        ("run=..", "run: expected a plain folder name"),
+        ("seed=-1", "seed"),
+        ("projection.solver=newton", "projection.solver"),
+        ("projection.steps=-1", "steps: expected a whole number of at least 0"),
+        ("evaluate.threats=[]", "at least one threat"),
+        ('evaluate.threats=[{norm="l7"}]', "evaluate.threats.0.norm"),
+        ("evaluate.threats=[{eps=-0.1}]", "eps: expected above 0"),
+        ('evaluate.attacks=[{name="pgd", views=[]}]', "views"),
+        ('evaluate.attacks=[{name="fgsm", loss="both"}]', "loss"),
+        ("harden.clean_share=2", "clean_share: expected in [0, 1]"),
+        ("fabric.precision=8", "fabric.precision"),
+    ],
+)
+def test_a_bad_setting_is_one_line_that_names_it(setting, said):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["gan.images=64", setting])
+    message = str(caught.value)
+    assert said in message
+    assert message.startswith(f"--set {setting}")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read"),
+        (b"gan = [", "not TOML"),
+        (b"\xff\xfe", "not TOML"),
+        (b"gam = 1", "unknown key gam"),
+    ],
+)
+def test_a_bad_file_is_one_line_that_names_it(tmp_path, content, said):
+    file = tmp_path / "bad.toml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_config(file)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_known_keys_reach_into_tables():
+    assert {"gan", "gan.network.latent_dim", "data.root", "evaluate.threats"} <= set(known_keys())

@@ -1,0 +1,340 @@
+"""The staged pipeline as a user meets it: results, skipping, refusing, resuming, and honest failures."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pipelines_support import invoke, settings
+from safetensors.torch import load_file
+
+from manifold_defense import load_classifier, load_filter
+from pipelines.context import Context, InterruptionError
+from pipelines.stages import STAGES
+
+
+@pytest.fixture
+def run_folder(finished, tmp_path, monkeypatch):
+    """A copy of the finished run in the working directory, free to be damaged."""
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs" / "digits"
+
+
+def rows(folder):
+    return json.loads((folder / "evaluate" / "stage.json").read_text())["metrics"]["rows"]
+
+
+def test_every_stage_leaves_its_facts_and_no_scraps(finished):
+    run = finished / "runs" / "digits"
+    for name in STAGES:
+        facts = json.loads((run / name / "stage.json").read_text())
+        assert facts["stage"] == name
+        assert facts["seconds"] > 0 or name in ("report", "export")
+        assert facts["versions"]["torch"]
+    assert not [path for path in run.rglob("*") if path.suffix in (".part", ".partial", ".ckpt", ".old")]
+
+
+def test_the_table_holds_every_cell(finished):
+    table = rows(finished / "runs" / "digits")
+    assert {r["defence"] for r in table} == {"undefended", "filter", "hardened", "hardened+filter"}
+    for norm, eps in (("linf", 0.15), ("l2", 1.0)):
+        attacks = ["noise", "fgsm", "pgd", "worst"] + (["cw"] if norm == "l2" else [])
+        for defence in ("filter", "hardened+filter"):
+            cells = [r for r in table if (r["defence"], r["norm"], r["eps"]) == (defence, norm, eps)]
+            assert {r["attack"] for r in cells} == set(attacks)
+            for attack in {"fgsm", "pgd", "cw"} & set(attacks):
+                views = {r["view"] for r in cells if r["attack"] == attack}
+                assert views == {"unaware", "identity", "exact"}
+    assert all(r["n"] == 20 and r["ci_low"] <= r["robust_accuracy"] <= r["ci_high"] for r in table)
+
+
+def test_the_worst_row_is_what_survives_in_the_csv(finished):
+    run = finished / "runs" / "digits"
+    with (run / "evaluate" / "images.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    for r in rows(run):
+        if r["attack"] != "worst":
+            continue
+        alive = {
+            i: all(
+                line["correct"] == "1"
+                for line in lines
+                if line["image"] == str(i)
+                and line["defence"] == r["defence"]
+                and (line["attack"] == "clean" or (line["norm"], float(line["eps"])) == (r["norm"], r["eps"]))
+            )
+            for i in range(20)
+        }
+        assert r["robust_accuracy"] == pytest.approx(sum(alive.values()) / 20)
+
+
+def test_the_terminal_and_the_report_quote_the_worst(finished):
+    output = (finished / "output.txt").read_text()
+    report = (finished / "runs" / "digits" / "report" / "report.md").read_text()
+    for r in rows(finished / "runs" / "digits"):
+        if r["attack"] == "worst":
+            assert f"{100 * r['robust_accuracy']:.1f} %" in output
+            assert f"**{100 * r['robust_accuracy']:.1f} %**" in report
+    assert "worst of all attacks and views" in output
+    for name in json.loads((finished / "runs/digits/report/stage.json").read_text())["metrics"]["pictures"]:
+        assert (finished / "runs" / "digits" / "report" / name).stat().st_size > 1000
+        assert f"({name})" in report
+
+
+def test_a_second_run_finds_everything_cached(run_folder):
+    before = {p: p.stat().st_mtime_ns for p in run_folder.rglob("stage.json")}
+    result = invoke("run", *settings())
+    assert result.exit_code == 0
+    for name in STAGES:
+        assert f"{name}: cached" in result.output
+    assert before == {p: p.stat().st_mtime_ns for p in run_folder.rglob("stage.json")}
+
+
+def test_where_data_and_devices_lie_changes_nothing(run_folder, tmp_path):
+    result = invoke("run", "--dry-run", *settings(f"data.root={tmp_path}", "fabric.accelerator=cpu"))
+    assert result.exit_code == 0
+    assert result.output.count(": cached") == len(STAGES)
+
+
+def test_other_settings_are_refused_by_name_before_any_work(run_folder):
+    (run_folder / "train-classifier" / "keep").touch()
+    result = invoke("run", *settings("classifier.training.images=64"))
+    assert result.exit_code == 1
+    assert "classifier.training.images was 3200, is 64" in result.output
+    assert "--force" in result.output
+    assert (run_folder / "train-classifier" / "keep").exists()
+
+
+def test_force_replaces_what_is_stale_and_what_depends_on_it(run_folder):
+    (run_folder / "train-gan" / "keep").touch()
+    (run_folder / "train-classifier" / "lose").touch()
+    result = invoke("run", "harden", "--force", *settings("classifier.training.images=640"))
+    assert result.exit_code == 0, result.output
+    assert "train-classifier: done" in result.output
+    assert "harden: done" in result.output
+    assert not (run_folder / "train-classifier" / "lose").exists()
+    assert (run_folder / "train-gan" / "keep").exists()
+    table = invoke("stages", *settings("classifier.training.images=640")).output
+    for name, state in (("train-gan", "cached"), ("harden", "cached"), ("evaluate", "stale")):
+        assert state in next(line for line in table.splitlines() if f" {name} " in line)
+
+
+def test_a_stage_alone_names_what_it_misses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke("evaluate", *settings())
+    assert result.exit_code == 1
+    assert "evaluate needs train-encoder, which is missing" in result.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_does_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke("run", "project", "--dry-run", *settings())
+    assert result.exit_code == 0
+    assert result.output.split("\n")[:4] == [
+        "train-gan: run",
+        "train-encoder: run",
+        "train-classifier: run",
+        "project: run",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", ["train-gan", "train-encoder", "harden"])
+def test_an_interrupted_training_resumes_to_the_same_weights(run_folder, monkeypatch, stage):
+    folder = run_folder / stage
+    before = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
+    train = Context.train
+
+    def interrupted(self, loop, state, total, picture=None):
+        def until_half():
+            for record in loop:
+                yield record
+                if state["images"] >= total // 2:
+                    self.fabric.save(self.folder / "state.ckpt", state)
+                    raise InterruptionError
+
+        train(self, until_half(), state, total, picture)
+
+    shutil.rmtree(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(Context, "train", interrupted)
+        stopped = invoke(stage, *settings())
+    assert stopped.exit_code == 130
+    assert "run the same command again to resume" in stopped.output
+    assert not folder.exists()
+    assert "unfinished" in invoke("stages", *settings()).output
+
+    resumed = invoke(stage, *settings())
+    assert resumed.exit_code == 0, resumed.output
+    assert "resumed at" in resumed.output
+    for name, tensors in before.items():
+        after = load_file(folder / name)
+        assert tensors.keys() == after.keys()
+        assert all(torch.equal(tensors[key], after[key]) for key in tensors)
+
+
+def test_an_interrupted_evaluation_keeps_finished_jobs(run_folder, monkeypatch):
+    import pipelines.stages.evaluate as stage
+
+    expected = rows(run_folder)
+    shutil.rmtree(run_folder / "evaluate")
+    run_job, done = stage.run_job, []
+
+    def counted(job, *arguments):
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        done.append(job.name)
+        return run_job(job, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "run_job", counted)
+        assert invoke("evaluate", *settings()).exit_code == 130
+    assert len(list((run_folder / "evaluate.part" / "jobs").glob("*.safetensors"))) == 5
+    (run_folder / "evaluate.part" / "jobs" / "001.safetensors").write_bytes(b"cut short")
+
+    again = []
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "run_job", lambda job, *rest: (again.append(job.name), run_job(job, *rest))[1])
+        assert invoke("evaluate", *settings()).exit_code == 0
+    assert set(again) & set(done) == {done[1]}
+    assert rows(run_folder) == expected
+
+
+def test_unfinished_work_of_other_settings_is_not_thrown_away(run_folder):
+    shutil.rmtree(run_folder / "train-encoder")
+    part = run_folder / "train-encoder.part"
+    part.mkdir()
+    plan = {"fingerprint": "other", "version": 1, "config": {"encoder.images": 5}, "inputs": {}}
+    (part / "plan.json").write_text(json.dumps(plan))
+    result = invoke("train-encoder", *settings())
+    assert result.exit_code == 1
+    assert "unfinished work with other settings" in result.output
+    assert part.exists()
+    assert invoke("train-encoder", "--force", *settings()).exit_code == 0
+
+
+def test_a_damaged_checkpoint_is_named(run_folder):
+    plan = json.loads((run_folder / "train-gan" / "stage.json").read_text())
+    shutil.rmtree(run_folder / "train-gan")
+    part = run_folder / "train-gan.part"
+    part.mkdir()
+    (part / "plan.json").write_text(json.dumps(plan))
+    (part / "state.ckpt").write_bytes(b"PK\x03\x04 not a checkpoint")
+    result = invoke("train-gan", *settings())
+    assert result.exit_code == 1
+    assert "train-gan.part/state.ckpt: damaged checkpoint" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_damaged_facts_are_named(run_folder):
+    (run_folder / "train-gan" / "stage.json").write_text("{")
+    result = invoke("stages", *settings())
+    assert result.exit_code == 1
+    assert "stage.json: damaged" in result.output
+
+
+def test_damaged_weights_of_an_input_are_named(run_folder):
+    weights = run_folder / "train-encoder" / "gan.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    shutil.rmtree(run_folder / "project")
+    result = invoke("project", *settings())
+    assert result.exit_code == 1
+    assert "train-encoder/gan.safetensors: cannot be read" in result.output
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("in the way")
+    result = invoke("train-classifier", *settings())
+    assert result.exit_code == 1
+    assert len(result.output.strip().splitlines()) == 1
+    assert "runs" in result.output
+
+
+def test_two_commands_do_not_work_on_one_run(run_folder):
+    import fcntl
+
+    shutil.rmtree(run_folder / "report")
+    with (run_folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        result = invoke("report", *settings())
+    assert result.exit_code == 1
+    assert "another command is at work" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["run", "--set", "gan.imagess=3"], 2, "did you mean gan.images"),
+        (["run", "--config", "missing.toml"], 2, "missing.toml: cannot be read"),
+        (["run", "nowhere"], 2, "no stage 'nowhere'"),
+        (["run", "--nothing"], 2, "No such option"),
+        (
+            ["filter", "missing.png", "out.png", "--filter", "nowhere"],
+            1,
+            "nowhere: expected a folder with filter",
+        ),
+        (["filter", "a.png", "b.png", "--filter", "x", "--run", "y"], 2, "give one of them"),
+        (["run", "--set", "data.name=image_folder", "--set", "data.root=nowhere"], 1, "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_code(tmp_path, monkeypatch, arguments, code, said):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*arguments)
+    assert result.exit_code == code, result.output
+    assert said in result.output
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_exports_load_and_filter_files(run_folder, tmp_path):
+    filter, hardened = load_filter(run_folder / "export"), load_classifier(run_folder / "export" / "hardened")
+    x = torch.rand(2, 1, 8, 8)
+    assert filter(x).shape == x.shape
+    assert hardened(x).shape == (2, 10)
+    tree = tmp_path / "images" / "deep"
+    tree.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    Image.fromarray(pixels).save(tree / "a.png")
+    result = invoke("filter", tmp_path / "images", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    expected = filter(torch.from_numpy(pixels / 255.0).float()[None, None])
+    written = np.asarray(Image.open(tmp_path / "out" / "deep" / "a.png"))
+    assert np.array_equal(written, (expected[0, 0] * 255).round().numpy().astype(np.uint8))
+    assert (tmp_path / "out" / "errors.csv").exists()
+
+
+def test_a_latent_objective_needs_the_encoder_and_hardens(run_folder):
+    result = invoke("harden", "--force", *settings("harden.objective=latent", "harden.training.images=128"))
+    assert result.exit_code == 0, result.output
+    facts = json.loads((run_folder / "harden" / "stage.json").read_text())
+    assert set(facts["inputs"]) == {"train-classifier", "train-encoder"}
+
+
+def test_an_image_folder_goes_through_the_whole_pipeline(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for label, name in enumerate(("dark", "bright")):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(100 * label, 100 * label + 100, (20, 17, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    (tmp_path / "photos" / "train" / "dark" / "broken.png").write_bytes(b"\x89PNG broken")
+    more = ("data.name=image_folder", f"data.root={tmp_path / 'photos'}", "data.image_size=16", "run=photos")
+    more += ("data.train_images=0", "data.test_images=0", "gan.images=128", "encoder.images=128")
+    more += ("classifier.training.images=640", "harden.training.images=128", "project.images=4")
+    result = invoke("run", *settings(*more))
+    assert result.exit_code == 0, result.output
+    table = rows(tmp_path / "runs" / "photos")
+    assert {r["n"] for r in table} == {8}
+    (tmp_path / "photos" / "train" / "dark" / "0.png").unlink()
+    stale = invoke("run", *settings(*more))
+    assert stale.exit_code == 1
+    assert "data.digest" in stale.output

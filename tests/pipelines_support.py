@@ -1,0 +1,32 @@
+"""The command line in a test, and settings that make a whole run small."""
+
+from click.testing import CliRunner
+
+from pipelines.cli import main
+
+SMALL = (
+    "data.train_images=300",
+    "data.test_images=40",
+    "gan.images=640",
+    "gan.network.latent_dim=8",
+    "gan.network.generator_width=4",
+    "gan.network.critic_width=4",
+    "gan.network.encoder_width=4",
+    "encoder.images=640",
+    "classifier.architecture.width=8",
+    "classifier.training.images=3_200",
+    "harden.training.images=1_280",
+    "harden.steps=2",
+    "projection.steps=3",
+    "evaluate.images=20",
+    'evaluate.attacks=[{name="noise",steps=2},{name="fgsm"},{name="pgd",steps=3,loss="both",restarts=2},'
+    '{name="cw",steps=3,restarts=1}]',
+)
+
+
+def settings(*more):
+    return [part for setting in (*SMALL, *more) for part in ("--set", setting)]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
