@@ -35,7 +35,7 @@ def strips(rows: Sequence[Strip], labels: Sequence[int], classes: Sequence[str])
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for i, strip in enumerate(rows):
         for j in range(columns):
-            picture = strip.images[j].detach().cpu().permute(1, 2, 0).squeeze(-1)
+            picture = strip.images[j].detach().cpu().permute(1, 2, 0).squeeze(-1).numpy()
             axis = axes[i][j]
             axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set_xticks([])

@@ -77,19 +77,16 @@ def run_stages(
                 )
 
     todo = [name for name in names if before[name][2] != "cached" or remake]
-    for name in names:
-        if name not in todo:
-            console.print(f"{name}: cached", highlight=False)
-        if name in todo:
-            break
     if not todo:
+        for name in names:
+            console.print(f"{name}: cached", highlight=False)
         return
     fabric = make_fabric(config.fabric)
     if not fabric.is_global_zero:
         console.quiet = True
     shop = Workshop(config, fabric, console)
     with _lock(RUNS / config.run, fabric.is_global_zero):
-        for name in names[names.index(todo[0]) :]:
+        for name in names:
             folder, plan, _ = before[name]
             if name in todo:
                 _run_stage(shop, name, folder, plan, force=force or remake)
