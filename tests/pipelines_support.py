@@ -19,6 +19,7 @@ SMALL = (
     "harden.steps=2",
     "projection.steps=3",
     "evaluate.images=20",
+    "evaluate.batch_size=7",
     'evaluate.attacks=[{name="noise",steps=2},{name="fgsm"},{name="pgd",steps=3,loss="both",restarts=2},'
     '{name="cw",steps=3,restarts=1}]',
 )

@@ -36,7 +36,9 @@ def margins(logits: Tensor, y: Tensor, targeted: bool) -> Tensor:
     """`max_{i≠y} Z_i − Z_y` of logits (N, K), (N,): above zero where the model errs; negated if targeted."""
     own = logits.gather(1, y.unsqueeze(1)).squeeze(1)
     others = logits.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
-    return own - others if targeted else others - own
+    margin = own - others if targeted else others - own
+    # A model that answers NaN has been fooled, and has not been steered to a target.
+    return torch.where(margin.isnan(), -torch.inf if targeted else torch.inf, margin)
 
 
 def attack_loss(logits: Tensor, y: Tensor, loss: str, targeted: bool) -> Tensor:

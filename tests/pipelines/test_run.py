@@ -2,7 +2,11 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +18,8 @@ from safetensors.torch import load_file
 from manifold_defense import load_classifier, load_filter
 from pipelines.context import Context, InterruptionError
 from pipelines.stages import STAGES
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -338,3 +344,21 @@ def test_an_image_folder_goes_through_the_whole_pipeline(tmp_path, monkeypatch):
     stale = invoke("run", *settings(*more))
     assert stale.exit_code == 1
     assert "data.digest" in stale.output
+
+
+def test_two_processes_measure_what_one_does(run_folder):
+    expected = rows(run_folder)
+    shutil.rmtree(run_folder / "evaluate")
+    command = [sys.executable, "-m", "pipelines.cli", "run", "evaluate"]
+    command += settings("fabric.accelerator=cpu", "fabric.devices=2")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert rows(run_folder) == expected
+    assert result.stdout.count("harden: cached") == 1  # one process speaks
+
+    shutil.rmtree(run_folder / "harden")
+    command[command.index("evaluate")] = "harden"
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert load_classifier(run_folder / "harden")(torch.rand(1, 1, 8, 8)).isfinite().all()
