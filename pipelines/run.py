@@ -31,6 +31,7 @@ def statuses(config: Config) -> dict[str, tuple[StageFolder, Plan, Status]]:
     found = {}
     for name, plan in make_plans(STAGES, config).items():
         folder = StageFolder(RUNS / config.run, name)
+        folder.settle()
         found[name] = (folder, plan, folder.status(plan))
     return found
 

@@ -168,6 +168,12 @@ class StageFolder:
             "metrics": dict(metrics),
         }
         write_json(self.part / FACTS, facts)
+        self.settle()
+
+    def settle(self) -> None:
+        """Put a complete work folder in its place: the end of `commit`, also one that was cut short."""
+        if not (self.part / FACTS).exists():
+            return
         for leftover in ("state.ckpt", PLAN):
             (self.part / leftover).unlink(missing_ok=True)
         old = self.run / f"{self.name}.old"

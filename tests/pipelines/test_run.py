@@ -237,6 +237,17 @@ def test_a_damaged_checkpoint_is_named(run_folder):
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize("old_is_left", [True, False])
+def test_a_commit_that_was_cut_short_is_completed(run_folder, old_is_left):
+    (run_folder / "train-gan").rename(run_folder / "train-gan.part")
+    (run_folder / "train-gan.part" / "state.ckpt").touch()
+    if old_is_left:
+        (run_folder / "train-gan.old").mkdir()
+    assert invoke("run", *settings()).output.count(": cached") == len(STAGES)
+    assert not list(run_folder.glob("train-gan.*"))
+    assert not list(run_folder.rglob("state.ckpt"))
+
+
 def test_damaged_facts_are_named(run_folder):
     (run_folder / "train-gan" / "stage.json").write_text("{")
     result = invoke("stages", *settings())
