@@ -40,7 +40,9 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 
     The trace of the square root is taken from the eigenvalues of the symmetric `C₁^½ C₂ C₁^½`.
     """
-    real, fake = real.double(), fake.double()
+    if min(len(real), len(fake)) < 2:
+        return float("nan")  # a single point has no covariance
+    real, fake = real.cpu().double(), fake.cpu().double()
     difference = real.mean(0) - fake.mean(0)
     covariances = torch.atleast_2d(torch.cov(real.T)), torch.atleast_2d(torch.cov(fake.T))
     values, vectors = torch.linalg.eigh(covariances[0])

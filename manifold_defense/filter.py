@@ -47,8 +47,6 @@ class ManifoldFilter(nn.Module):
         if self.config.start == "encoder" and encoder is None:
             raise ValueError("start 'encoder' needs an encoder; pass one, or a config with start='prior'")
         self.view = view
-        # Convolutions of few channels run a sixth faster so, on the CPU as well.
-        self.to(memory_format=torch.channels_last)
         self.requires_grad_(False)
         self.eval()
 

@@ -52,5 +52,5 @@ class Threat:
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
             raise ValueError(f"norm: expected linf or l2, got {self.norm!r}")
-        if not self.eps > 0:
-            raise ValueError(f"eps: expected above 0, got {self.eps}")
+        if not 0 < self.eps < float("inf"):
+            raise ValueError(f"eps: expected above 0 and finite, got {self.eps}")

@@ -93,8 +93,8 @@ class HardenConfig:
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(images=60_000))
 
     def __post_init__(self) -> None:
-        if not self.eps > 0:
-            raise ValueError(f"eps: expected above 0, got {self.eps}")
+        if not 0 < self.eps < float("inf"):
+            raise ValueError(f"eps: expected above 0 and finite, got {self.eps}")
         if self.steps < 1:
             raise ValueError(f"steps: expected at least 1, got {self.steps}")
         for name in ("clean_share", "ramp"):
@@ -125,6 +125,13 @@ class EvaluateConfig:
             )
         if not self.threats or not self.attacks:
             raise ValueError("expected at least one threat and one attack")
+        for threat in self.threats:
+            if not any(attack.applies_to(threat) and attack.name != "noise" for attack in self.attacks):
+                raise ValueError(f"no attack but noise applies to the threat {threat.norm} {threat.eps:g}")
+        labels = [attack.label for attack in self.attacks]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"two attacks are called {label}; rows could not tell them apart")
 
 
 @dataclass(frozen=True)

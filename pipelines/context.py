@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from gan.sampling import batch_indices, step_rng
-from pipelines.config import Config, FabricConfig
-from pipelines.data import Dataset, augment, load_data, subset, to_float
+from pipelines.config import Config, ConfigError, FabricConfig
+from pipelines.data import Dataset, augment, load_data, one_line, subset, to_float
 from pipelines.stage import StageError
 
 STATE = "state.ckpt"
@@ -52,13 +52,16 @@ class Record(Protocol):
 def make_fabric(config: FabricConfig) -> Fabric:
     """The processes and devices of one command, launched."""
     devices = int(config.devices) if str(config.devices).isdigit() else config.devices
-    fabric = Fabric(
-        accelerator=config.accelerator,
-        devices=devices,
-        strategy=config.strategy,
-        num_nodes=config.num_nodes,
-        precision=config.precision,
-    )
+    try:
+        fabric = Fabric(
+            accelerator=config.accelerator,
+            devices=devices,
+            strategy=config.strategy,
+            num_nodes=config.num_nodes,
+            precision=config.precision,
+        )
+    except Exception as error:  # Fabric has many kinds for what it cannot provide
+        raise ConfigError(f"fabric: {one_line(error)}") from None
     fabric.launch()
     return fabric
 
@@ -141,9 +144,9 @@ class Context:
         try:
             self.fabric.load(path, state, weights_only=True)
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
             raise StageError(
-                f"{path}: damaged checkpoint ({reason}); delete {path.parent} to start the stage again"
+                f"{path}: damaged checkpoint ({one_line(error)[:200]}); "
+                f"delete {path.parent} to start the stage again"
             ) from None
         self.say(f"{self.stage}: resumed at {state['images']:,} images")
 
@@ -189,7 +192,7 @@ class Context:
                     save()
                     if picture is not None and fabric.is_global_zero:
                         picture(record.images)
-                if halted and record.images < total:
+                if halted:
                     raise InterruptionError
 
     def map_images(

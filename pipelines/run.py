@@ -90,14 +90,16 @@ def run_stages(
         for name in names:
             folder, plan, _ = before[name]
             if name in todo:
-                _run_stage(shop, name, folder, plan, force=force or remake)
+                _run_stage(shop, name, folder, plan, force=force, remake=remake)
             else:
                 console.print(f"{name}: cached", highlight=False)
 
 
-def _run_stage(shop: Workshop, name: str, folder: StageFolder, plan: Plan, *, force: bool) -> None:
+def _run_stage(
+    shop: Workshop, name: str, folder: StageFolder, plan: Plan, *, force: bool, remake: bool
+) -> None:
     fabric, console = shop.fabric, shop.console
-    if fabric.is_global_zero and not folder.open(plan, force=force):
+    if fabric.is_global_zero and not folder.open(plan, force=force, remake=remake):
         console.print(f"{name}: {STAGES[name].summary} …", highlight=False)
     fabric.barrier()
     inputs = {needed: folder.run / needed for needed in plan.inputs}
@@ -111,7 +113,12 @@ def _run_stage(shop: Workshop, name: str, folder: StageFolder, plan: Plan, *, fo
             seconds = folder.spent(time.perf_counter() - started)
     fabric.barrier()
     if fabric.is_global_zero:
-        folder.commit(plan, metrics, seconds)
+        devices = {
+            "device": str(fabric.device),
+            "processes": fabric.world_size,
+            "precision": shop.config.fabric.precision,
+        }
+        folder.commit(plan, metrics, seconds, devices)
         console.print(f"{name}: done in {seconds:.0f} s{_figures(metrics)}", highlight=False)
     fabric.barrier()
 

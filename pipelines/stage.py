@@ -134,10 +134,13 @@ class StageFolder:
                 return "stale"
         return "unfinished" if begun is not None or self.part.exists() else "missing"
 
-    def open(self, plan: Plan, *, force: bool) -> bool:
-        """Make the work folder ready; True if work that was begun under the same plan is resumed."""
-        begun = self.begun()
-        if begun is not None and begun.get("fingerprint") == plan.fingerprint:
+    def open(self, plan: Plan, *, force: bool, remake: bool = False) -> bool:
+        """Make the work folder ready; True if work that was begun under the same plan is resumed.
+
+        `force` discards begun work of other settings, `remake` any.
+        """
+        begun, force = self.begun(), force or remake
+        if begun is not None and not remake and begun.get("fingerprint") == plan.fingerprint:
             return True
         if begun is not None and not force:
             raise StageError(
@@ -157,12 +160,15 @@ class StageFolder:
         write_json(self.part / PLAN, {**begun, "seconds": total})
         return total
 
-    def commit(self, plan: Plan, metrics: Mapping[str, Any], seconds: float) -> None:
+    def commit(
+        self, plan: Plan, metrics: Mapping[str, Any], seconds: float, fabric: Mapping[str, Any]
+    ) -> None:
         """Turn the work folder into the finished stage, in one rename."""
         facts = {
             **dataclasses.asdict(plan),
             "fingerprint": plan.fingerprint,
             "versions": _versions(),
+            "fabric": dict(fabric),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": round(seconds, 2),
             "metrics": dict(metrics),
@@ -176,6 +182,7 @@ class StageFolder:
             return
         for leftover in ("state.ckpt", PLAN):
             (self.part / leftover).unlink(missing_ok=True)
+        shutil.rmtree(self.part / "jobs", ignore_errors=True)
         old = self.run / f"{self.name}.old"
         if old.exists():
             shutil.rmtree(old)

@@ -27,6 +27,7 @@ def cw(
     confidence: float = 0.0,
     initial_weight: float = 1.0,
     targeted: bool = False,
+    stop_early: bool = True,
     seed: int = 0,
 ) -> Tensor:
     """The nearest adversarial image found by C&W in L2, for images (N, C, H, W) and labels (N,).
@@ -34,27 +35,31 @@ def cw(
     Minimises `‖δ‖² + c · max(Z_y − max_{i≠y} Z_i, −κ)` over tanh space with Adam, with a binary
     search on c. An image for which nothing within `eps` was found is returned unchanged. With a
     finite `eps` an image leaves the batch as soon as one is found: within the ball, nearer is not
-    better. Nothing is random: `seed` is there for the common signature.
+    better. A transfer attack sets `stop_early` to False and a `confidence`: it gets the image of
+    the highest margin within `eps` instead. Nothing is random: `seed` is there for the common signature.
     """
     if norm != "l2":
         raise ValueError(f"cw: expected norm l2, got {norm!r}")
     size = geometry(norm).size
     x = x.detach()
     best, best_size = x.clone(), x.new_full((len(x),), torch.inf)
+    best_margin = x.new_zeros(len(x))
+    confident = not stop_early and not math.isinf(eps)
     weight = x.new_full((len(x),), initial_weight)
     low, high = torch.zeros_like(weight), torch.full_like(weight, torch.inf)
 
     with evaluation_mode(model):
         with torch.no_grad():
             logits = model(x)
-        best_size[fooled(logits, y, targeted) & (margins(logits, y, targeted) >= confidence)] = 0
+        margin = margins(logits, y, targeted)
+        best_size[fooled(logits, y, targeted) & (margin >= confidence)] = 0
         for _ in range(searches):
             # tanh cannot leave pixels that are exactly 0 or 1: start off the boundary.
             w = torch.atanh((2 * x - 1) * (1 - _OFFSET))
             mean, square = torch.zeros_like(x), torch.zeros_like(x)
             succeeded = torch.zeros(len(x), dtype=torch.bool, device=x.device)
             for step in range(1, steps + 1):
-                sought = best_size > 0 if math.isinf(eps) else best_size > eps
+                sought = best_size > eps if stop_early and not math.isinf(eps) else best_size > 0
                 active = sought.nonzero().squeeze(1)
                 if len(active) == 0:
                     return best
@@ -67,12 +72,16 @@ def cw(
                     distance = (tried - clean).square().flatten(1).sum(1)
                     total = distance + weight[active] * (confidence - margin).clamp(min=0)
                     (gradient,) = torch.autograd.grad(total.sum(), at)
-                tried, margin, logits = tried.detach(), margin.detach(), logits.detach()
-                hit = fooled(logits, label, targeted) & (margin >= confidence)
+                tried, margin, logits = tried.detach(), margin.detach().to(x.dtype), logits.detach()
+                wrong = fooled(logits, label, targeted)
+                hit = wrong & (margin >= confidence)
                 succeeded[active] |= hit
                 length = size(tried - clean)
-                better = hit & (length < best_size[active]) & (length <= eps)
-                best[active[better]], best_size[active[better]] = tried[better], length[better]
+                nearer, surer = length < best_size[active], margin > best_margin[active]
+                better = (wrong & surer if confident else hit & nearer) & (length <= eps)
+                chosen = active[better]
+                best[chosen], best_size[chosen] = tried[better], length[better]
+                best_margin[chosen] = margin[better]
                 mean[active] = 0.9 * mean[active] + 0.1 * gradient
                 square[active] = 0.999 * square[active] + 0.001 * gradient.square()
                 scale = (square[active] / (1 - 0.999**step)).sqrt() + 1e-8

@@ -27,9 +27,17 @@ def evaluation_mode(model: Classifier) -> Iterator[None]:
 
 
 def fooled(logits: Tensor, y: Tensor, targeted: bool) -> Tensor:
-    """Whether each prediction (N, K) is what the attacker wants, (N,): not y, or y if targeted."""
-    hit = logits.argmax(1) == y
+    """Whether each prediction (N, K) is what the attacker wants, (N,): not y, or y if targeted.
+
+    An answer that is not finite is no prediction: never right, never the target.
+    """
+    hit = correct(logits, y)
     return hit if targeted else ~hit
+
+
+def correct(logits: Tensor, y: Tensor) -> Tensor:
+    """Whether each prediction (N, K) is y, (N,); NaN or infinity among the logits is wrong."""
+    return (logits.argmax(1) == y) & logits.isfinite().all(1)
 
 
 def margins(logits: Tensor, y: Tensor, targeted: bool) -> Tensor:
@@ -38,7 +46,7 @@ def margins(logits: Tensor, y: Tensor, targeted: bool) -> Tensor:
     others = logits.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
     margin = own - others if targeted else others - own
     # A model that answers NaN has been fooled, and has not been steered to a target.
-    return torch.where(margin.isnan(), -torch.inf if targeted else torch.inf, margin)
+    return torch.where(logits.isfinite().all(1), margin, -torch.inf if targeted else torch.inf)
 
 
 def attack_loss(logits: Tensor, y: Tensor, loss: str, targeted: bool) -> Tensor:

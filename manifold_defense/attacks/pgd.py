@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from manifold_defense.attacks.norms import geometry
-from manifold_defense.attacks.objective import evaluation_mode, fooled, logits_and_gradient, margins
+from manifold_defense.attacks.objective import evaluation_mode, logits_and_gradient, margins
 from manifold_defense.types import Classifier, Norm
+
+# A margin, as a share of the largest logit, that rounding does not undo.
+_CLEAR = 1e-4
 
 
 def pgd(
@@ -31,15 +34,16 @@ def pgd(
 
     Returns, of all iterates and the clean image, the one with the highest margin `max_{i≠y} Z_i − Z_y`;
     always inside the ball and `bounds`. `loss` is what the steps climb: `ce`, `margin`, or `both`,
-    which alternates between restarts. `step_size` is in pixels, by default `2.5 eps / steps`, so that
-    every point of the ball can be reached. With `stop_early` an image leaves the batch once it fools
-    the model; without, its margin is raised to the end, as a transfer attack needs.
+    which alternates between restarts. `step_size` is that of the first step, in pixels, and falls
+    linearly to zero; by default `5 eps / steps`, whose sum crosses the ball. With `stop_early` an
+    image leaves the batch once it clearly fools the model; without, its margin is raised to the end,
+    as a transfer attack needs.
     """
     shape = geometry(norm)
     if not eps >= 0 or steps < 1 or restarts < 1:
         raise ValueError(f"expected eps ≥ 0, steps ≥ 1, restarts ≥ 1, got {eps}, {steps}, {restarts}")
     climbed = ("ce", "margin") if loss == "both" else (loss,)
-    step_size = 2.5 * eps / steps if step_size is None else step_size
+    step_size = 5 * eps / steps if step_size is None else step_size
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()
     best = x.clone()
@@ -47,7 +51,8 @@ def pgd(
     with evaluation_mode(model):
         with torch.no_grad():
             logits = model(x)
-        best_margin, found = margins(logits, y, targeted), fooled(logits, y, targeted)
+        best_margin = margins(logits, y, targeted)
+        found = _clearly(best_margin, logits)
         for restart in range(restarts):
             start = shape.sample(x, eps, rng) if random_start else torch.zeros_like(x)
             current = (x + shape.project(start, eps)).clamp(*bounds)
@@ -62,16 +67,24 @@ def pgd(
                 else:
                     with torch.no_grad():
                         logits = model(at)
-                margin, success = margins(logits, label, targeted), fooled(logits, label, targeted)
+                margin = margins(logits, label, targeted)
                 better = margin > best_margin[active]
                 best[active[better]], best_margin[active[better]] = at[better], margin[better]
-                found[active] |= success
                 if step < steps:
-                    moved = at + step_size * shape.steepest(gradient)
+                    # Where the gradient is not finite there is no direction; the next restart may differ.
+                    direction = shape.steepest(gradient.nan_to_num(0, 0, 0))
+                    moved = at + step_size * (1 - step / steps) * direction
                     current[active] = (clean + shape.project(moved - clean, eps)).clamp(*bounds)
                 if stop_early:
-                    active = active[~success]
+                    # Just over the boundary, another batch's rounding could bring the image back.
+                    found[active] |= _clearly(margin, logits)
+                    active = active[~found[active]]
     return best
+
+
+def _clearly(margin: Tensor, logits: Tensor) -> Tensor:
+    """Whether a margin (N,) of logits (N, K) is beyond rounding, (N,)."""
+    return margin > _CLEAR * logits.abs().amax(1)
 
 
 def fgsm(

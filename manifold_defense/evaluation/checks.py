@@ -40,6 +40,30 @@ def order(rows: Sequence[Row]) -> list[str]:
     return findings
 
 
+def views(rows: Sequence[Row]) -> list[str]:
+    """What the views of a filtered defence give away.
+
+    The exact gradient must be among the attacked views, and PGD through it must not be weaker than
+    PGD that approximates or ignores the filter: then it is stuck, and the filter only looks strong.
+    """
+    findings = []
+    filtered = {r.defence for r in rows if r.view in ("unaware", "identity")}
+    for defence in sorted(filtered):
+        own = [r for r in rows if r.defence == defence]
+        for norm, eps in dict.fromkeys((r.norm, r.eps) for r in own if r.norm):
+            pgd = {
+                r.view: r.robust_accuracy for r in own if (r.norm, r.eps) == (norm, eps) and r.attack == "pgd"
+            }
+            if "exact" not in pgd:
+                findings.append(f"{defence}, {norm} {eps:g}: no PGD through the exact gradient of the filter")
+            elif pgd["exact"] > min(pgd.values()) + _TOLERANCE:
+                findings.append(
+                    f"{defence}, {norm} {eps:g}: PGD through the exact gradient leaves {pgd['exact']:.1%} "
+                    f"robust, a weaker view {min(pgd.values()):.1%}"
+                )
+    return findings
+
+
 def dead_gradients(name: str, model: Classifier, x: Tensor, y: Tensor) -> list[str]:
     """Images (N, C, H, W) whose margin has a zero or non-finite gradient under `model`."""
     with evaluation_mode(model):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from manifold_defense.attacks import geometry
-from manifold_defense.attacks.objective import evaluation_mode
+from manifold_defense.attacks.objective import correct, evaluation_mode
 from manifold_defense.evaluation.statistics import wilson
 from manifold_defense.evaluation.suite import AttackConfig, Defence, Job, jobs
 from manifold_defense.types import Threat
@@ -71,9 +71,9 @@ def run_job(job: Job, x: Tensor, y: Tensor, seed: int) -> Outcome:
     """Attack images (N, C, H, W) with labels (N,) and classify the result with the deployed model."""
     x_adv = attack_images(job, x, y, seed)
     with evaluation_mode(job.defence.model):
-        prediction = job.defence.model(x_adv).argmax(1)
+        logits = job.defence.model(x_adv)
     size = geometry(job.threat.norm if job.threat else "l2").size(x_adv - x)
-    return Outcome(prediction.cpu(), (prediction == y).cpu(), size.cpu())
+    return Outcome(logits.argmax(1).cpu(), correct(logits, y).cpu(), size.cpu())
 
 
 def row(job: Job, outcome: Outcome) -> Row:
@@ -86,8 +86,8 @@ def row(job: Job, outcome: Outcome) -> Row:
     )
 
 
-def _row(defence: str, attack: str, view: str | None, threat: Threat | None, correct: Tensor) -> Row:
-    n, robust = len(correct), int(correct.sum())
+def _row(defence: str, attack: str, view: str | None, threat: Threat | None, robust_images: Tensor) -> Row:
+    n, robust = len(robust_images), int(robust_images.sum())
     interval = wilson(robust, n)
     norm, eps = (threat.norm, threat.eps) if threat else (None, 0.0)
     accuracy = robust / n if n else float("nan")
@@ -105,8 +105,8 @@ def worst_rows(outcomes: Iterable[tuple[Job, Outcome]]) -> list[Row]:
         key = (job.defence.name, job.threat)
         survivors[key] = survivors.get(key, torch.ones_like(outcome.correct)) & outcome.correct
     return [
-        _row(defence, WORST, "all", threat, correct & clean.get(defence, torch.ones_like(correct)))
-        for (defence, threat), correct in survivors.items()
+        _row(defence, WORST, "all", threat, alive & clean.get(defence, torch.ones_like(alive)))
+        for (defence, threat), alive in survivors.items()
     ]
 
 

@@ -14,6 +14,10 @@ from manifold_defense.types import Attack, Classifier, Threat
 ViewName = Literal["exact", "identity", "unaware"]
 
 
+# How far past the boundary, in logits, a C&W image is pushed that is to fool another model.
+_TRANSFER_MARGIN = 10.0
+
+
 @dataclass(frozen=True)
 class AttackConfig:
     """One attack of the suite and its strength.
@@ -40,8 +44,9 @@ class AttackConfig:
         for name in ("steps", "restarts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.loss not in ("ce", "margin", *(("both",) if self.name == "pgd" else ())):
-            raise ValueError(f"loss of {self.name}: expected ce or margin (pgd: or both), got {self.loss!r}")
+        losses = {"pgd": ("ce", "margin", "both"), "fgsm": ("ce", "margin")}.get(self.name, ("ce",))
+        if self.loss not in losses:
+            raise ValueError(f"loss of {self.name}: expected one of {', '.join(losses)}, got {self.loss!r}")
         if not self.views or not set(self.views) <= {"unaware", "identity", "exact"}:
             raise ValueError(f"views: expected some of unaware, identity, exact, got {list(self.views)}")
 
@@ -61,7 +66,8 @@ class AttackConfig:
         if self.name == "fgsm":
             return partial(fgsm, norm=norm, eps=eps, loss=self.loss)
         if self.name == "cw":
-            return partial(cw, norm=norm, eps=eps, steps=self.steps, searches=self.restarts)
+            bound = partial(cw, norm=norm, eps=eps, steps=self.steps, searches=self.restarts)
+            return partial(bound, stop_early=False, confidence=_TRANSFER_MARGIN) if transfer else bound
         return partial(
             pgd,
             norm=norm,

@@ -1,8 +1,8 @@
 """The projection `z* = argmin ‖G(z) − x‖²`, and the exact gradient of its computation.
 
 `project` is what is deployed. `project_exactly` is the same computation as one differentiable
-operation: the solver's states are kept, and its steps are run backwards one at a time, so the
-memory is that of a single step whatever their number.
+operation: the solver's states, a few latents a step, are kept, and its steps are run backwards one
+at a time, so that no more than one step's graph is alive.
 """
 
 from __future__ import annotations

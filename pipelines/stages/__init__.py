@@ -55,7 +55,7 @@ _ALL = (
     ),
     Stage(
         "evaluate",
-        1,
+        2,
         "every attack on every defence, worst per image",
         ("seed", "data", "projection", "evaluate"),
         lambda config: ("train-encoder", "train-classifier", "harden"),

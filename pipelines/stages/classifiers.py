@@ -21,14 +21,24 @@ from pipelines.data import to_float
 def train(context: Context) -> dict[str, Any]:
     """A classifier on clean images."""
     config, data = context.config.classifier, context.data
-    images = to_float(data.train.images)
-    mean, std = images.mean((0, 2, 3)), images.std((0, 2, 3)).clamp(min=1e-3)
+    mean, std = _channel_statistics(data.train.images)
 
     def build() -> ImageClassifier:
         return ImageClassifier(data.image_shape, len(data.classes), config.architecture, mean, std)
 
     model = seeded(context.config.seed, build)
     return _train(context, model, config.training, Clean())
+
+
+def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) of uint8 images (N, C, H, W) scaled to [0, 1], in bounded memory."""
+    total = square = torch.zeros(images.shape[1], dtype=torch.float64)
+    for part in images.split(1000):
+        values = to_float(part).double()
+        total, square = total + values.sum((0, 2, 3)), square + values.square().sum((0, 2, 3))
+    count = images.numel() / images.shape[1]
+    mean, square = total / count, square / count
+    return mean, (square - mean.square()).clamp(min=0).sqrt().clamp(min=1e-3)
 
 
 def harden(context: Context) -> dict[str, Any]:

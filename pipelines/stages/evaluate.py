@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import csv
-import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from manifold_defense.artifact import load_classifier
 from manifold_defense.evaluation import Defence, Job, Outcome, attack_images, jobs, run_job, worst_rows
-from manifold_defense.evaluation.checks import dead_gradients, order
+from manifold_defense.evaluation.checks import dead_gradients, order, views
 from manifold_defense.evaluation.evaluate import row
 from manifold_defense.filter import DefendedClassifier
 from pipelines.board import Strip, predictions, save_figure, strips
@@ -35,7 +34,7 @@ def run(context: Context) -> dict[str, Any]:
     with context.progress(len(todo), unit="jobs") as advance:
         for index, job in enumerate(todo):
             path = kept / f"{index:03d}.safetensors"
-            outcome = _kept(path)
+            outcome = _kept(path, job, len(x))
             if outcome is None:
 
                 def work(chunk: int, part: slice, job: Job = job) -> tuple[Tensor, ...]:
@@ -48,7 +47,7 @@ def run(context: Context) -> dict[str, Any]:
             advance(index + 1)
 
     rows = [row(job, outcome) for job, outcome in outcomes] + worst_rows(outcomes)
-    warnings = order(rows)
+    warnings = order(rows) + views(rows)
     for defence in defences:
         warnings += dead_gradients(defence.name, defence.attacked["exact"], x[:50], y[:50])
     if context.main:
@@ -57,7 +56,6 @@ def run(context: Context) -> dict[str, Any]:
         for r in rows:
             cell = (r.defence, r.norm, f"{r.eps:g}", r.attack, r.view)
             context.board.add_scalar("/".join(part for part in cell if part), r.robust_accuracy, 0)
-        shutil.rmtree(kept)
     return {"n": len(x), "warnings": warnings, "rows": [r.as_dict() for r in rows]}
 
 
@@ -83,10 +81,14 @@ def _keep(path: Path, job: Job, outcome: Outcome) -> None:
     partial.replace(path)
 
 
-def _kept(path: Path) -> Outcome | None:
-    """What an interrupted run of this stage found for a job; a damaged file is done again."""
+def _kept(path: Path, job: Job, n: int) -> Outcome | None:
+    """What an interrupted run of this stage found for the job; a file damaged or of another is done again."""
     try:
-        return Outcome(**load_file(path))
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("job") != job.name:
+                return None
+        outcome = Outcome(**load_file(path))
+        return outcome if len(outcome.correct) == n else None
     except (FileNotFoundError, SafetensorError):
         return None
 
@@ -127,7 +129,7 @@ def _write_csv(path: Path, y: Tensor, outcomes: list[tuple[Job, Outcome]]) -> No
 
 
 def _pictures(context: Context, todo: list[Job], x: Tensor, y: Tensor) -> None:
-    """For each filtered defence and its strongest single attack view: clean, attacked, reconstructed."""
+    """For each filtered defence and threat, PGD through the exact view: clean, attacked, reconstructed."""
     seen = set()
     for job in todo:
         defended = job.defence.model

@@ -39,4 +39,4 @@ def run(context: Context) -> dict[str, Any]:
     metrics = {"generator_parameters": sum(p.numel() for p in generator.parameters())}
     with torch.no_grad():
         error = float((generator(encoder(x)) - x).square().mean()) if joint else None
-    return {**metrics, "encoder_error": error}
+    return {**metrics, "encoder_error": error, "unreadable_images": len(context.data.unreadable)}
