@@ -425,3 +425,38 @@ def test_order_compares_like_with_like() -> None:
     for other in ({"defence": "b"}, {"norm": "l2"}, {"eps": 0.2}):
         rows.append(Row(**{**make_row(attack="pgd", robust_accuracy=0.9).as_dict(), **other}))
     assert checks.order(rows) == []
+
+
+def _pgd_rows(**by_view: float) -> list[Row]:
+    return [Row("filter", "pgd", view, "linf", 0.3, 100, value, 0.0, 1.0) for view, value in by_view.items()]
+
+
+@pytest.mark.parametrize(
+    ("rows", "finding"),
+    [
+        (_pgd_rows(unaware=0.5, identity=0.4, exact=0.3), None),
+        (_pgd_rows(unaware=0.5, identity=0.3, exact=0.305), None),
+        (
+            _pgd_rows(unaware=0.5, identity=0.2, exact=0.6),
+            "exact gradient leaves 60.0% robust, a weaker view 20.0%",
+        ),
+        (_pgd_rows(unaware=0.5), "no PGD through the exact gradient"),
+    ],
+)
+def test_an_exact_view_that_is_weaker_than_the_others_is_reported(rows, finding):
+    found = checks.views(rows)
+    assert len(found) == (finding is not None)
+    assert finding is None or finding in found[0]
+
+
+def test_a_bare_classifier_has_but_one_view():
+    assert checks.views([Row("hardened", "pgd", "exact", "linf", 0.3, 100, 0.5, 0.0, 1.0)]) == []
+
+
+def test_an_answer_that_is_not_a_number_is_wrong():
+    def broken(x):
+        return torch.full((len(x), 2), torch.nan)
+
+    x, y = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
+    outcome = run_job(Job(Defence.bare("broken", broken), None, None, None), x, y, 0)
+    assert not outcome.correct.any()

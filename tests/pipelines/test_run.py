@@ -291,6 +291,9 @@ def test_two_commands_do_not_work_on_one_run(run_folder):
         (["run", "--config", "missing.toml"], 2, "missing.toml: cannot be read"),
         (["run", "nowhere"], 2, "no stage 'nowhere'"),
         (["run", "--nothing"], 2, "No such option"),
+        (["train-gan", "--set", "fabric.accelerator=abacus"], 2, "fabric: "),
+        (["train-gan", "--set", "fabric.devices=0"], 2, "fabric: "),
+        (["train-gan", "--set", "fabric.strategy=luck"], 2, "fabric: "),
         (
             ["filter", "missing.png", "out.png", "--filter", "nowhere"],
             1,
@@ -307,6 +310,29 @@ def test_bad_input_is_one_line_and_a_code(tmp_path, monkeypatch, arguments, code
     assert said in result.output
     assert "Traceback" not in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_and_usage_errors_answer_without_torch():
+    code = "import sys; from pipelines.cli import main\ntry: main({})\nexcept SystemExit as e: print(e.code, 'torch' in sys.modules)"
+    for arguments, expected in ((["run", "--help"], "0 False"), (["run", "--nothing"], "2 False")):
+        result = subprocess.run(
+            [sys.executable, "-c", code.format(arguments)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert result.stdout.endswith(expected + "\n"), result.stdout + result.stderr
+
+
+def test_force_on_a_stage_makes_it_anew_even_if_begun(run_folder):
+    part = run_folder / "train-classifier.part"
+    (run_folder / "train-classifier").rename(part)
+    facts = json.loads((part / "stage.json").read_text())
+    (part / "stage.json").unlink()
+    (part / "plan.json").write_text(json.dumps(facts))
+    (part / "state.ckpt").write_bytes(b"of no use")
+    assert invoke("train-classifier", *settings()).exit_code == 1
+    assert invoke("train-classifier", "--force", *settings()).exit_code == 0
 
 
 def test_the_exports_load_and_filter_files(run_folder, tmp_path):
