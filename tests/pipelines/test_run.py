@@ -315,8 +315,8 @@ def test_bad_input_is_one_line_and_a_code(tmp_path, monkeypatch, arguments, code
 
 def test_help_and_usage_errors_answer_without_torch():
     code = (
-        "import sys; from pipelines.cli import main\\n"
-        "try: main({})\\nexcept SystemExit as e: print(e.code, 'torch' in sys.modules)"
+        "import sys; from pipelines.cli import main\n"
+        "try: main({})\nexcept SystemExit as e: print(e.code, 'torch' in sys.modules)"
     )
     for arguments, expected in ((["run", "--help"], "0 False"), (["run", "--nothing"], "2 False")):
         result = subprocess.run(
