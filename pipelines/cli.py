@@ -216,6 +216,8 @@ def filter_command(
     source: Path, target: Path, folder: Path | None, force: bool, run_name: str | None
 ) -> None:
     """Purify an image, or a folder tree of images, and list each one's error in OUTPUT/errors.csv."""
+    from rich.progress import Progress
+
     from manifold_defense.artifact import load_filter
     from pipelines.purify import purify
     from pipelines.stage import RUNS
@@ -223,8 +225,17 @@ def filter_command(
     if folder is not None and run_name is not None:
         raise click.UsageError("--filter and --run name two filters; give one of them")
     loaded = load_filter(folder or RUNS / (run_name or "digits") / "export" / "filter")
-    result = purify(loaded, source, target, force=force)
     console = _console()
+    columns = Progress.get_default_columns()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("filter", total=None)
+        result = purify(
+            loaded,
+            source,
+            target,
+            force=force,
+            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
     console.print(f"{result.written} written to {target}", highlight=False, soft_wrap=True)
     if result.unreadable:
         _fail(f"{len(result.unreadable)} unreadable: {', '.join(result.unreadable[:5])}", 1)

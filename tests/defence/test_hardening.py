@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning_fabric import Fabric
+from state_support import tensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -178,23 +179,6 @@ def test_training_attacks_in_eval_mode_and_learns_in_train_mode(digits: Any) -> 
 
 
 # --- Determinism and resumption ---
-
-
-def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Every tensor of the modules and optimisers of a state, by name."""
-    found: dict[str, Tensor] = {}
-
-    def collect(name: str, value: Any) -> None:
-        if isinstance(value, Tensor):
-            found[name] = value.detach().clone()
-        elif hasattr(value, "state_dict"):
-            collect(name, value.state_dict())
-        elif isinstance(value, dict):
-            for key, entry in value.items():
-                collect(f"{name}/{key}", entry)
-
-    collect("state", state)
-    return found
 
 
 def exhaust(iterator: Iterable[Any], steps: int) -> None:

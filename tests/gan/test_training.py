@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning_fabric import Fabric
+from state_support import tensors
 from torch import Tensor
 
 from gan import Encoder, Generator, NetworkConfig
@@ -34,23 +35,6 @@ def exhaust(iterator: Iterable[Any], steps: int) -> list[Any]:
     records = list(islice(iterator, steps))
     assert len(records) == steps
     return records
-
-
-def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Every tensor of the modules and optimisers of a state, by name."""
-    found: dict[str, Tensor] = {}
-
-    def collect(name: str, value: Any) -> None:
-        if isinstance(value, Tensor):
-            found[name] = value.detach().clone()
-        elif hasattr(value, "state_dict"):
-            collect(name, value.state_dict())
-        elif isinstance(value, dict):
-            for key, entry in value.items():
-                collect(f"{name}/{key}", entry)
-
-    collect("state", state)
-    return found
 
 
 def different(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
