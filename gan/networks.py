@@ -123,7 +123,7 @@ class _Downward(nn.Module):
         for level in range(levels):
             layers += [nn.Conv2d(sizes[level], sizes[level + 1], 4, stride=2, padding=1), nn.LeakyReLU(LEAK)]
         flat = sizes[-1] * (height >> levels) * (image_width >> levels)
-        hidden = 4 * sizes[-1]
+        hidden = 2 * sizes[-1]
         layers += [nn.Flatten(), nn.Linear(flat, hidden), nn.LeakyReLU(LEAK), nn.Linear(hidden, outputs)]
         self.layers = nn.Sequential(*layers)
         _initialise(self)
