@@ -7,15 +7,24 @@ alone, never the result.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
-from manifold_defense.projection import ProjectionConfig, check_images, project, project_exactly
+from manifold_defense.projection import (
+    Bank,
+    Metric,
+    ProjectionConfig,
+    attach_gradient,
+    check_images,
+    project,
+    project_exactly,
+    surroundings,
+)
 from manifold_defense.types import Projection, View
 
-VIEWS: tuple[View, ...] = ("exact", "identity")
+VIEWS: tuple[View, ...] = get_args(View)
 
 
 class ManifoldFilter(nn.Module):
@@ -24,8 +33,10 @@ class ManifoldFilter(nn.Module):
     `generator` and `encoder` are modules that fit the protocols of `manifold_defense.types`; they
     are frozen and kept in eval mode. The filter follows `.to(device)` like any module.
 
-    Views: `exact` differentiates through every solver step, `identity` takes ∂G(z*)/∂x for the
-    identity (BPDA, Athalye, Carlini & Wagner 2018).
+    Views: `exact` differentiates through every solver step. `implicit` and `gauss_newton` use the
+    optimality of z*, `tangent` the range's tangent space (see `attach_gradient`). `start` takes the
+    gradient of G(E(x)) alone, `identity` that of the identity; both are BPDA (Athalye, Carlini &
+    Wagner 2018).
 
     Does not defend against perturbations along the manifold, nor repair what the classifier gets
     wrong on it; images that the generator cannot draw are damaged.
@@ -44,9 +55,12 @@ class ManifoldFilter(nn.Module):
         self.generator = generator
         self.encoder = encoder
         self.config = config or ProjectionConfig(start="encoder" if encoder is not None else "prior")
-        if self.config.start == "encoder" and encoder is None:
+        if self.config.uses_encoder and encoder is None:
             raise ValueError("start 'encoder' needs an encoder; pass one, or a config with start='prior'")
+        if view == "start" and not self.config.uses_encoder:
+            raise ValueError(f"view 'start' needs start='encoder', got start={self.config.start!r}")
         self.view = view
+        self._made: tuple[object, Bank | None, Metric | None] | None = None
         self.requires_grad_(False)
         self.eval()
 
@@ -60,9 +74,20 @@ class ManifoldFilter(nn.Module):
         """Stay in eval mode: a filter has nothing to train, and batch statistics would couple images."""
         return super().train(False)
 
+    def seen(self, view: View) -> ManifoldFilter:
+        """This filter, sharing all weights, differentiated as `view` says."""
+        other = ManifoldFilter(self.generator, self.encoder, self.config, view)
+        other._made = self._made
+        return other
+
+    def views(self) -> tuple[View, ...]:
+        """The views that this filter has: all, without `start` if it starts from no encoder."""
+        return tuple(view for view in VIEWS if view != "start" or self.config.uses_encoder)
+
     def project(self, x: Tensor) -> Projection:
         """The whole result for images (N, C, H, W): latents, images, errors and steps; no gradient."""
-        return project(self.generator, x, self.config, encoder=self.encoder)  # type: ignore[arg-type]
+        check_images(x, self.image_shape)
+        return project(self.generator, x, self.config, **self._aids(x))  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """G(z*) for one image (C, H, W) or a batch (N, C, H, W), float in [0, 1], shaped as the input."""
@@ -70,10 +95,26 @@ class ManifoldFilter(nn.Module):
             return self.forward(x.unsqueeze(0)).squeeze(0)
         if not (torch.is_grad_enabled() and x.requires_grad):
             return self.project(x).image
+        check_images(x, self.image_shape)
+        if self.view == "exact":
+            return project_exactly(self.generator, x, self.config, **self._aids(x))  # type: ignore[arg-type]
+        found = self.project(x)
         if self.view == "identity":
-            check_images(x, self.image_shape)
-            return self.project(x).image + (x - x.detach())
-        return project_exactly(self.generator, x, self.config, encoder=self.encoder)  # type: ignore[arg-type]
+            return found.image + (x - x.detach())
+        if self.view == "start":
+            assert self.encoder is not None
+            surrogate = self.generator(self.encoder(x))
+            imitation: Tensor = found.image + (surrogate - surrogate.detach())
+            return imitation
+        metric = self._aids(x)["metric"]
+        return attach_gradient(self.generator, x, found.z, self.config, self.view, metric=metric)  # type: ignore[arg-type]
+
+    def _aids(self, x: Tensor) -> dict[str, Any]:
+        """Encoder, bank and metric; the latter two are made once for a device and a type."""
+        key = (x.device, x.dtype)
+        if self._made is None or self._made[0] != key:
+            self._made = (key, *surroundings(self.generator, x.detach()[:0], self.config))  # type: ignore[arg-type]
+        return {"encoder": self.encoder, "bank": self._made[1], "metric": self._made[2]}
 
 
 class DefendedClassifier(nn.Module):
@@ -89,10 +130,7 @@ class DefendedClassifier(nn.Module):
 
     def view(self, name: View) -> DefendedClassifier:
         """This model, sharing all weights, differentiated as `name` says."""
-        inner = self.filter
-        return DefendedClassifier(
-            ManifoldFilter(inner.generator, inner.encoder, inner.config, name), self.classifier
-        )
+        return DefendedClassifier(self.filter.seen(name), self.classifier)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.classifier(self.filter(x))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 Norm = Literal["linf", "l2"]
 # How the gradient of a projection is taken; "exact" is that of the deployed computation.
-View = Literal["exact", "identity"]
+View = Literal["exact", "implicit", "gauss_newton", "tangent", "start", "identity"]
 
 Classifier = Callable[[Tensor], Tensor]  # images (N, C, H, W) in [0, 1] to logits (N, K)
 Encoder = Callable[[Tensor], Tensor]  # images (N, C, H, W) in [0, 1] to latents (N, D)

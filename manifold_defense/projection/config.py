@@ -1,58 +1,98 @@
-"""What a projection is made of, as a plain value: start × solver × restarts × length."""
+"""What a projection is made of, as a plain value: start × loss × solver × schedule."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+import math
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal, get_args, get_type_hints
 
 
 @dataclass(frozen=True)
 class ProjectionConfig:
     """Settings of `project`.
 
-    solver      gd: momentum on the mean squared error; adam, lbfgs: on the summed one
-    start       encoder: E(x), further restarts from the prior; prior: z ~ N(0, I); origin: N(0, I/D)
-    restarts    starts tried for each image; the least error wins
-    steps       generator gradients spent per restart
-    step_size   of the first step; 0 takes the solver's own (gd 10, adam 0.1, lbfgs 1)
-    momentum    of gd
-    iterate     best: the iterate of least error; last: the one after the last step
-    seed        of the prior starts, which all images of a call share
-    chunk       latents optimised at a time, images times restarts; bounds memory, not the result
+    Solver
+    solver        gd: momentum, on the mean loss over pixels (summed, with a metric); adam; lbfgs
+    steps         generator gradients spent per restart, at most
+    step_size     of the first step; 0 takes the solver's own (see `solvers`)
+    momentum      of gd
+    metric        mean: solve in coordinates in which the range is round on average (see `metric`)
+    iterate       best: the iterate of least loss; last: the one after the last step
+
+    Starts
+    start         encoder: E(x); bank: the nearest of `bank` cached samples; prior: z ~ N(0, I);
+                  origin: N(0, I/D)
+    restarts      starts tried for each image; the least loss wins
+    others        where the further restarts of `encoder` come from
+    bank          samples in the bank
+    seed          of bank and prior starts, which all images of a call share
+
+    Loss
+    loss          squared, huber, dead_zone_linf or dead_zone_l2 (see `losses`)
+    radius        where Huber's loss turns linear, or the radius of the ball that a dead zone forgives
+    prior_weight  μ of the term μ‖z‖² added to the loss
+    clip          the largest ‖z‖ / √D allowed after a step; 0 for none
+
+    Schedule
+    halve_every   drop the worse half of an image's restarts after every so many steps; 0 never
+    target_error  an image stops once its mean squared error is as low; 0 never
+    tolerance     a restart stops once its gradient is as short, in the solver's coordinates; 0 never
+    chunk         latents optimised at a time, images times restarts; bounds memory, not the result
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
 
-    solver: Literal["gd", "adam", "lbfgs"] = "adam"
-    start: Literal["encoder", "prior", "origin"] = "encoder"
+    solver: Literal["gd", "adam", "lbfgs"] = "lbfgs"
+    start: Literal["encoder", "bank", "prior", "origin"] = "encoder"
     restarts: int = 1
     steps: int = 10
     step_size: float = 0.0
     momentum: float = 0.7
+    metric: Literal["none", "mean"] = "none"
     iterate: Literal["best", "last"] = "best"
+    others: Literal["prior", "bank"] = "prior"
+    bank: int = 2048
     seed: int = 0
+    loss: Literal["squared", "huber", "dead_zone_linf", "dead_zone_l2"] = "squared"
+    radius: float = 0.1
+    prior_weight: float = 0.0
+    clip: float = 0.0
+    halve_every: int = 0
+    target_error: float = 0.0
+    tolerance: float = 0.0
     chunk: int = 512
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("solver", ("gd", "adam", "lbfgs")),
-            ("start", ("encoder", "prior", "origin")),
-            ("iterate", ("best", "last")),
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            value, allowed = getattr(self, field.name), get_args(hints[field.name])
+            if allowed and value not in allowed:
+                raise ValueError(f"{field.name}: expected one of {', '.join(allowed)}, got {value!r}")
+        for name, least in (
+            ("restarts", 1),
+            ("steps", 0),
+            ("bank", 1),
+            ("seed", 0),
+            ("halve_every", 0),
+            ("chunk", 1),
         ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name, least in (("restarts", 1), ("steps", 0), ("chunk", 1), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
-        if not self.step_size >= 0:
-            raise ValueError(f"step_size: expected at least 0, got {self.step_size}")
+        for name in ("step_size", "radius", "prior_weight", "clip", "target_error", "tolerance"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected at least 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: expected in [0, 1), got {self.momentum}")
+        if self.loss == "huber" and self.radius == 0:
+            raise ValueError("radius: expected above 0 for the huber loss, got 0")
 
+    @property
+    def uses_encoder(self) -> bool:
+        return self.start == "encoder"
 
-# Defense-GAN as published and coded: 200 momentum steps of rate 10, then 1, from each of 10 starts
-# N(0, I/D); the least final error wins (Samangouei, Kabkab, Chellappa, ICLR 2018). The yardstick.
-REFERENCE = ProjectionConfig(
-    solver="gd", start="origin", restarts=10, steps=200, step_size=10.0, momentum=0.7, iterate="last"
-)
+    @property
+    def uses_bank(self) -> bool:
+        return self.start == "bank" or (
+            self.start == "encoder" and self.others == "bank" and self.restarts > 1
+        )

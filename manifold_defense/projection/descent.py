@@ -1,4 +1,4 @@
-"""The projection `z* = argmin ‖G(z) − x‖²`, and the exact gradient of its computation.
+"""The projection `z* = argmin loss(G(z) − x)`, and the exact gradient of its computation.
 
 `project` is what is deployed. `project_exactly` is the same computation as one differentiable
 operation: the solver's states, a few latents a step, are kept, and its steps are run backwards one
@@ -7,182 +7,281 @@ at a time, so that no more than one step's graph is alive.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from manifold_defense.projection.config import ProjectionConfig
+from manifold_defense.projection.losses import LOSSES
+from manifold_defense.projection.metric import Metric, mean_metric
 from manifold_defense.projection.solvers import SOLVERS, State
-from manifold_defense.projection.starts import starts
+from manifold_defense.projection.starts import Bank, make_bank, starts
 from manifold_defense.types import Encoder, Generator, Projection
 
 
 def project(
-    generator: Generator, x: Tensor, config: ProjectionConfig, *, encoder: Encoder | None = None
+    generator: Generator,
+    x: Tensor,
+    config: ProjectionConfig,
+    *,
+    encoder: Encoder | None = None,
+    bank: Bank | None = None,
+    metric: Metric | None = None,
 ) -> Projection:
     """Project images (N, C, H, W) in [0, 1] onto the range of `generator`.
 
     Deterministic, and per image: neither the batch nor the caller's gradient or inference mode
     changes the result (beyond float rounding). The result carries no gradient; see
-    `project_exactly` for one that does. Raises ValueError for anything but finite float images of
-    the generator's shape in [0, 1]; an empty batch gives an empty projection.
+    `project_exactly` for one that does. A bank or metric that the config asks for is computed
+    unless it is passed. Raises ValueError for anything but finite float images of the generator's
+    shape in [0, 1]; an empty batch gives an empty projection.
     """
     check_images(x, generator.image_shape)
     with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone()  # leaves inference mode
-        rows = max(1, config.chunk // config.restarts)
-        parts = [_project_chunk(generator, part, config, encoder) for part in x.split(rows)]
+        bank, metric = surroundings(generator, x, config, bank, metric)
+        problem = Problem(generator, config, metric)
+        parts = []
+        for part in x.split(max(1, config.chunk // config.restarts)):
+            with torch.no_grad():
+                start = problem.point(starts(part, generator.latent_dim, config, encoder, bank))
+            parts.append(_project_chunk(problem, part, start))
     return Projection(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _project_chunk(
-    generator: Generator, x: Tensor, config: ProjectionConfig, encoder: Encoder | None
-) -> Projection:
-    n, restarts = len(x), config.restarts
-    with torch.no_grad():
-        z = starts(x, generator.latent_dim, config, encoder).flatten(0, 1)
-    path = _descend(generator, x.repeat_interleave(restarts, 0), z, config)
-    winner = _best_restart(path, n) + restarts * torch.arange(n, device=x.device)
-    z = path.z[winner]
-    with torch.no_grad():
-        image = generator(z)
-        error = (image - x).square().flatten(1).mean(1)
-    steps = torch.full((n,), config.steps * restarts, device=x.device)
-    return Projection(z, image, error, steps)
-
-
-class _Path:
-    """The course of M independent descents: best point and loss, and all states if asked for."""
-
-    def __init__(self, z: Tensor) -> None:
-        self.z = z  # (M, D) chosen iterate
-        self.loss = z.new_full((len(z),), torch.inf)  # (M,) its summed squared error
-        self.index = torch.zeros(len(z), dtype=torch.long, device=z.device)  # (M,) after how many steps
-        self.states: list[State] = []
-
-    def offer(self, z: Tensor, loss: Tensor, k: int, *, replace: bool) -> None:
-        better = torch.ones_like(loss, dtype=torch.bool) if replace else loss < self.loss
-        self.z = torch.where(better.unsqueeze(1), z, self.z)
-        self.loss = torch.where(better, loss, self.loss)
-        self.index = torch.where(better, k, self.index)
-
-
-def _descend(
-    generator: Generator, x: Tensor, z: Tensor, config: ProjectionConfig, *, record: bool = False
-) -> _Path:
-    """Run the solver from z (M, D) towards x (M, C, H, W); gradients enabled by the caller."""
-    solver = SOLVERS[config.solver]
-    path = _Path(z)
-    state = solver.init(z, config)
-    for k in range(config.steps):
-        if record:
-            path.states.append(state)
-        point = state[0].detach().requires_grad_(True)
-        loss = _squared_error(generator, point, x)
-        # The loss is summed over problems, never averaged: each descends as if it were alone.
-        (gradient,) = torch.autograd.grad(loss.sum(), point)
-        loss = loss.detach()
-        if config.iterate == "best":
-            path.offer(point.detach(), loss, k, replace=False)
-        with torch.no_grad():
-            state = solver.step(state, *_scaled(loss, gradient, x, solver.mean_loss), k, config)
-    with torch.no_grad():
-        path.offer(
-            state[0], _squared_error(generator, state[0], x), config.steps, replace=config.iterate == "last"
-        )
-    return path
-
-
-def _best_restart(path: _Path, n: int) -> Tensor:
-    """The restart of least loss for each of n images, (n,); one that diverged never wins."""
-    return path.loss.view(n, -1 if n else 1).nan_to_num(nan=torch.inf).argmin(1)
-
-
-def _squared_error(generator: Generator, z: Tensor, x: Tensor) -> Tensor:
-    """`‖G(z) − x‖²` of each row, (M,)."""
-    return (generator(z) - x).square().flatten(1).sum(1)
-
-
-def _scaled(loss: Tensor, gradient: Tensor, x: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
-    pixels = x.shape[1:].numel() if mean else 1
-    return loss / pixels, gradient / pixels
-
-
 def project_exactly(
-    generator: Generator, x: Tensor, config: ProjectionConfig, *, encoder: Encoder | None = None
+    generator: Generator,
+    x: Tensor,
+    config: ProjectionConfig,
+    *,
+    encoder: Encoder | None = None,
+    bank: Bank | None = None,
+    metric: Metric | None = None,
 ) -> Tensor:
     """`G(z*(x))` (N, C, H, W) as `project` returns it, differentiable in x through every step.
 
-    This is the true gradient of the deployed computation, the choice among restarts and iterates
-    held fixed (it is piecewise constant). Backward costs about four times the forward pass of the
-    winning restart; it needs second derivatives of G, and gives first derivatives of the result.
+    This is the true gradient of the deployed computation, the choices among restarts, iterates and
+    bank samples held fixed (they are piecewise constant). Backward costs about three times the
+    forward pass of the winning restart; it needs second derivatives of G, and gives first
+    derivatives of the result.
     """
     check_images(x, generator.image_shape)
+    bank, metric = surroundings(generator, x.detach(), config, bank, metric)
+    problem = Problem(generator, config, metric)
     parts = []
     for part in x.split(max(1, config.chunk // config.restarts)):
-        start = starts(part, generator.latent_dim, config, encoder)
-        parts.append(generator(_Unrolled.apply(part, start, generator, config)))
+        start = problem.point(starts(part, generator.latent_dim, config, encoder, bank))
+        parts.append(generator(problem.latent(_Unrolled.apply(part, start, problem))))
     return torch.cat(parts)
 
 
+def surroundings(
+    generator: Generator,
+    like: Tensor,
+    config: ProjectionConfig,
+    bank: Bank | None = None,
+    metric: Metric | None = None,
+) -> tuple[Bank | None, Metric | None]:
+    """Bank and metric that `config` asks for, made where they are missing; None where it does not."""
+    if config.uses_bank and bank is None:
+        bank = make_bank(generator, like, config.bank, config.seed)
+    if config.metric == "mean" and metric is None:
+        metric = mean_metric(generator, like)
+    return bank if config.uses_bank else None, metric if config.metric == "mean" else None
+
+
+class Problem(NamedTuple):
+    """What is minimised, in the coordinates in which it is: points w (M, D) stand for latents z."""
+
+    generator: Generator
+    config: ProjectionConfig
+    metric: Metric | None
+
+    def latent(self, point: Tensor) -> Tensor:
+        return point if self.metric is None else point @ self.metric.inverse
+
+    def point(self, z: Tensor) -> Tensor:
+        return z if self.metric is None else z @ self.metric.factor
+
+    def loss(self, point: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What is minimised, and the squared distance alone, for points towards x: both (M,)."""
+        z = self.latent(point)
+        r = (self.generator(z) - x).flatten(1)
+        loss = LOSSES[self.config.loss](r, self.config.radius)
+        distance = loss if self.config.loss == "squared" else r.detach().square().sum(1)
+        if self.config.prior_weight:
+            loss = loss + self.config.prior_weight * z.square().sum(1)
+        return loss, distance
+
+    def step(self, state: State, loss: Tensor, gradient: Tensor, k: int, pixels: int) -> State:
+        """The solver's step, and the latents it proposes clipped to the ball of the config."""
+        config, solver = self.config, SOLVERS[self.config.solver]
+        scale = pixels if solver.mean_loss and self.metric is None else 1
+        after = solver.step(state, loss / scale, gradient / scale, k, config)
+        if not config.clip:
+            return after
+        z = self.latent(after[0])
+        size = (z.square().mean(1, keepdim=True) + 1e-24).sqrt()
+        return self.point(z * (config.clip / size).clamp(max=1.0)), *after[1:]
+
+
+def _project_chunk(problem: Problem, x: Tensor, start: Tensor) -> Projection:
+    path = _descend(problem, x, start)
+    winner = path.winner()
+    z = problem.latent(path.point[winner])
+    with torch.no_grad():
+        image = problem.generator(z)
+        error = (image - x).square().flatten(1).mean(1)
+    return Projection(z, image, error, path.spent.view(start.shape[:2]).sum(1))
+
+
+class _Path:
+    """The course of M = N·R independent descents: of each the best point and loss, and what it took."""
+
+    def __init__(self, start: Tensor) -> None:
+        self.images, self.restarts, _ = start.shape
+        self.point = start.flatten(0, 1)  # (M, D) chosen iterate
+        device, rows = start.device, self.images * self.restarts
+        self.loss = start.new_full((rows,), torch.inf)  # (M,) what it costs
+        self.index = torch.zeros(rows, dtype=torch.long, device=device)  # (M,) after how many steps
+        self.spent = torch.zeros_like(self.index)  # (M,) gradient evaluations
+        # Which rows were still running at each step (None: all), and their states.
+        self.states: list[tuple[Tensor | None, State]] = []
+
+    def offer(self, rows: Tensor, point: Tensor, loss: Tensor, k: int, *, replace: bool) -> None:
+        better = torch.ones_like(loss, dtype=torch.bool) if replace else loss < self.loss[rows]
+        self.point[rows] = torch.where(better.unsqueeze(1), point, self.point[rows])
+        self.loss[rows] = torch.where(better, loss, self.loss[rows])
+        self.index[rows] = torch.where(better, k, self.index[rows])
+
+    def winner(self) -> Tensor:
+        """The row of least loss of each image, (N,); one that diverged never wins."""
+        loss = self.loss.view(self.images, self.restarts).nan_to_num(nan=torch.inf)
+        first = self.restarts * torch.arange(self.images, device=loss.device)
+        return first + (loss.argmin(1) if self.images else 0)
+
+    def better_half(self, rows: Tensor) -> Tensor:
+        """Whether a running row is in the better half, rounded up, of its image's running ones."""
+        running = torch.full_like(self.loss, torch.nan)
+        running[rows] = self.loss[rows].nan_to_num(nan=torch.inf)
+        table = running.view(self.images, self.restarts)
+        rank = table.argsort(dim=1, stable=True).argsort(dim=1)  # NaN, not running, comes last
+        keep = rank < ((~table.isnan()).sum(1, keepdim=True) + 1) // 2
+        return keep.flatten()[rows]
+
+
+def _descend(problem: Problem, x: Tensor, start: Tensor, *, record: bool = False) -> _Path:
+    """Run the solver from starts (N, R, D) towards x (N, C, H, W); gradients enabled by the caller."""
+    config, pixels = problem.config, x.shape[1:].numel()
+    path = _Path(start.detach().clone())
+    rows = torch.arange(path.images * path.restarts, device=x.device)
+    target = x.repeat_interleave(path.restarts, 0)
+    state = SOLVERS[config.solver].init(start.detach().flatten(0, 1), config)
+    whole = True
+    for k in range(config.steps):
+        if not len(rows):
+            break
+        if record:
+            path.states.append((None if whole else rows, state))
+        point = state[0].detach().requires_grad_(True)
+        # The loss is summed over problems, never averaged: each descends as if it were alone.
+        loss, distance = problem.loss(point, target)
+        (gradient,) = torch.autograd.grad(loss.sum(), point)
+        loss, distance = loss.detach(), distance.detach()
+        path.spent[rows] += 1
+        path.offer(rows, point.detach(), loss, k, replace=config.iterate == "last")
+        with torch.no_grad():
+            state = problem.step(state, loss, gradient, k, pixels)
+        going = _going(path, rows, distance / pixels, gradient, k, config)
+        if going is not None and not bool(going.all()):
+            rows, target, state = rows[going], target[going], tuple(entry[going] for entry in state)
+            whole = False
+    if len(rows):
+        with torch.no_grad():
+            last = state[0].detach()
+            loss, _ = problem.loss(last, target)
+        path.offer(rows, last, loss, config.steps, replace=config.iterate == "last")
+    return path
+
+
+def _going(
+    path: _Path, rows: Tensor, error: Tensor, gradient: Tensor, k: int, config: ProjectionConfig
+) -> Tensor | None:
+    """Which of the running rows go on after step k, (rows,); None if the schedule never stops any."""
+    if not (config.halve_every or config.target_error or config.tolerance):
+        return None
+    going = torch.ones_like(rows, dtype=torch.bool)
+    if config.target_error:
+        reached = torch.zeros_like(path.spent, dtype=torch.bool)
+        reached[rows] = error <= config.target_error
+        done = reached.view(path.images, path.restarts).any(1)
+        going &= ~done[rows // path.restarts]
+    if config.tolerance:
+        going &= gradient.square().sum(1).sqrt() > config.tolerance
+    if config.halve_every and (k + 1) % config.halve_every == 0:
+        going &= path.better_half(rows)
+    return going
+
+
 class _Unrolled(torch.autograd.Function):
-    """(x (N, C, H, W), starts (N, R, D)) -> z* (N, D), differentiated by running the solver backwards."""
+    """(x (N, C, H, W), starts (N, R, D)) -> w* (N, D), differentiated by running the solver backwards."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, start: Tensor, generator: Generator, config: ProjectionConfig) -> Tensor:
-        n, restarts = start.shape[:2]
+    def forward(ctx: Any, x: Tensor, start: Tensor, problem: Problem) -> Tensor:
         with torch.enable_grad():
-            path = _descend(
-                generator, x.repeat_interleave(restarts, 0), start.flatten(0, 1), config, record=True
-            )
-        choice = _best_restart(path, n)
-        winner = choice + restarts * torch.arange(n, device=x.device)
-        ctx.generator, ctx.config, ctx.choice, ctx.index = generator, config, choice, path.index[winner]
-        ctx.states = [tuple(entry[winner] for entry in state) for state in path.states]
+            path = _descend(problem, x, start, record=True)
+        winner = path.winner()
+        place = torch.zeros_like(path.index)
+        ctx.problem, ctx.winner, ctx.index = problem, winner, path.index[winner]
+        ctx.states = []  # of the winners that went on from there
+        for k, (rows, state) in enumerate(path.states):
+            onward = winner[ctx.index > k]
+            if rows is not None:
+                place[rows] = torch.arange(len(rows), device=x.device)
+                onward = place[onward]
+            ctx.states.append(tuple(entry[onward] for entry in state))
         ctx.save_for_backward(x, start)
-        return path.z[winner]
+        return path.point[winner]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_point: Tensor) -> tuple[Tensor, Tensor, None]:
         x, start = ctx.saved_tensors
-        config: ProjectionConfig = ctx.config
-        solver = SOLVERS[config.solver]
+        problem: Problem = ctx.problem
+        pixels, init = x.shape[1:].numel(), SOLVERS[problem.config.solver].init
         grad_x = torch.zeros_like(x)
-        # Cotangent of the state after step k; z* is the first entry of the state after `index` steps.
-        chosen = (ctx.index == config.steps).unsqueeze(1)
-        cotangent: list[Tensor | None] = [torch.where(chosen, grad_z, 0.0)]
-        cotangent += [None] * (len(solver.init(grad_z, config)) - 1)
-        for k in reversed(range(config.steps)):
+        # Cotangent of each image's state before the next step to be undone; w* is the first entry
+        # of the state after `index` steps, and no later step touches it.
+        cotangent = [torch.zeros_like(entry) for entry in init(grad_point, problem.config)]
+        cotangent[0] = grad_point.clone()
+        for k in reversed(range(len(ctx.states))):
+            onward = (ctx.index > k).nonzero().squeeze(1)
+            if not len(onward):
+                continue
             with torch.enable_grad():
                 state = tuple(entry.detach().requires_grad_(True) for entry in ctx.states[k])
-                image = x.detach().requires_grad_(True)
-                loss = _squared_error(ctx.generator, state[0], image)
+                image = x[onward].requires_grad_(True)
+                loss, _ = problem.loss(state[0], image)
                 (gradient,) = torch.autograd.grad(loss.sum(), state[0], create_graph=True)
-                after = solver.step(state, *_scaled(loss, gradient, x, solver.mean_loss), k, config)
-            pairs = zip(after, cotangent, strict=True)
-            reached = [(e, w) for e, w in pairs if w is not None and e.requires_grad]
+                after = problem.step(state, loss, gradient, k, pixels)
+            reached = [(e, w[onward]) for e, w in zip(after, cotangent, strict=True) if e.requires_grad]
             *before, into_x = torch.autograd.grad(
-                [e for e, _ in reached],
-                (*state, image),
-                [w for _, w in reached],
-                allow_unused=True,
+                [e for e, _ in reached], (*state, image), [w for _, w in reached], allow_unused=True
             )
             if into_x is not None:
-                grad_x += into_x
-            chosen = (ctx.index == k).unsqueeze(1)
-            into_z = before[0] if before[0] is not None else torch.zeros_like(grad_z)
-            cotangent = [into_z + torch.where(chosen, grad_z, 0.0), *before[1:]]
+                grad_x[onward] += into_x
+            for total, part in zip(cotangent, before, strict=True):
+                total[onward] = 0.0 if part is None else part
         # Through `init` to the start: an L-BFGS state, for one, holds it twice.
         with torch.enable_grad():
-            z = start[torch.arange(len(x), device=x.device), ctx.choice].detach().requires_grad_(True)
-            pairs = zip(solver.init(z, config), cotangent, strict=True)
-            reached = [(e, w) for e, w in pairs if w is not None and e.requires_grad]
-        (into_start,) = torch.autograd.grad([e for e, _ in reached], z, [w for _, w in reached])
+            point = start.flatten(0, 1)[ctx.winner].detach().requires_grad_(True)
+            pairs = zip(init(point, problem.config), cotangent, strict=True)
+            reached = [(e, w) for e, w in pairs if e.requires_grad]
+        (into_start,) = torch.autograd.grad([e for e, _ in reached], point, [w for _, w in reached])
         grad_start = torch.zeros_like(start)
-        grad_start[torch.arange(len(x), device=x.device), ctx.choice] = into_start
-        return grad_x, grad_start, None, None
+        grad_start.view(-1, start.shape[-1])[ctx.winner] = into_start
+        return grad_x, grad_start, None
 
 
 def check_images(x: Tensor, image_shape: tuple[int, int, int]) -> None:

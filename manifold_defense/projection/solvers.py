@@ -4,7 +4,8 @@ A solver proposes points and is told their losses: `init` turns starts z⁰ (M, 
 tuple of tensors with one row a problem whose first entry is the point to evaluate next; `step`
 takes the loss (M,) and gradient (M, D) at that point and returns the next state. Both are pure and
 differentiable, so the same code runs the deployed filter and its exact gradient. M = images ×
-restarts; rows never mix.
+restarts; rows never mix. Where the config asks for a metric, points and gradients are in its
+coordinates, in which the Hessian of the squared error is about 2·I.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ class Solver(NamedTuple):
     init: Callable[[Tensor, ProjectionConfig], State]
     # (state, loss (M,), gradient (M, D), index of the step, config) -> state
     step: Callable[[State, Tensor, Tensor, int, ProjectionConfig], State]
-    step_size: float  # used when the config leaves it 0
-    mean_loss: bool = False  # works on the mean over pixels instead of the sum
+    step_size: float  # used when the config leaves it 0, without a metric
+    metric_step_size: float  # and with one
+    mean_loss: bool = False  # without a metric, works on the mean over pixels instead of the sum
 
 
 def _gd_init(z: Tensor, config: ProjectionConfig) -> State:
@@ -112,10 +114,12 @@ def _lbfgs_step(state: State, loss: Tensor, gradient: Tensor, k: int, config: Pr
     f = torch.where(accepted, loss, f)
     g = torch.where(accepted, gradient, g)
     turned = -_two_loops(g, s, y, rho)
-    # Without curvature yet, a first step of length `step_size` at most; then Newton's own.
+    # Without curvature yet, a first step of length `step_size` at most, or in a metric's coordinates
+    # that share of the gradient; then Newton's own.
     steepest = rho[:, -1:] == 0
     size = (g.square().sum(1, keepdim=True) + 1e-24).sqrt()
-    fresh = torch.where(steepest, (1 / size).clamp(max=1.0) * _step_size(config), torch.ones_like(size))
+    longest = torch.ones_like(size) if config.metric != "none" else (1 / size).clamp(max=1.0)
+    fresh = torch.where(steepest, longest * _step_size(config), torch.ones_like(size))
     direction = torch.where(accepted, turned, direction)
     length = torch.where(accepted, fresh, shorter)
     return z + length * direction, z, f, g, direction, length, s, y, rho
@@ -139,11 +143,12 @@ def _two_loops(gradient: Tensor, s: Tensor, y: Tensor, rho: Tensor) -> Tensor:
 
 
 SOLVERS = {
-    "gd": Solver(_gd_init, _gd_step, step_size=10.0, mean_loss=True),
-    "adam": Solver(_adam_init, _adam_step, step_size=0.1),
-    "lbfgs": Solver(_lbfgs_init, _lbfgs_step, step_size=1.0),
+    "gd": Solver(_gd_init, _gd_step, step_size=10.0, metric_step_size=0.15, mean_loss=True),
+    "adam": Solver(_adam_init, _adam_step, step_size=0.1, metric_step_size=0.2),
+    "lbfgs": Solver(_lbfgs_init, _lbfgs_step, step_size=1.0, metric_step_size=0.5),
 }
 
 
 def _step_size(config: ProjectionConfig) -> float:
-    return config.step_size or SOLVERS[config.solver].step_size
+    solver = SOLVERS[config.solver]
+    return config.step_size or (solver.step_size if config.metric == "none" else solver.metric_step_size)

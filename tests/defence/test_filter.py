@@ -48,14 +48,16 @@ def input_gradient(model: nn.Module, x: Tensor) -> Tensor:
 def test_a_view_never_changes_the_result(networks: Any, config: ProjectionConfig) -> None:
     x = images(20)
     expected = project(networks[0], x, config, encoder=networks[1]).image
-    for view in VIEWS:
+    views = ManifoldFilter(*networks, config).views()
+    assert set(VIEWS) - set(views) == (set() if config.uses_encoder else {"start"})
+    for view in views:
         filter = ManifoldFilter(*networks, config, view)
         assert torch.equal(filter(x), expected)
         assert torch.equal(filter(x.clone().requires_grad_(True)), expected), view
         assert torch.equal(filter.project(x).image, expected)
 
 
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("view", [view for view in VIEWS if view != "start"])
 def test_a_filter_gives_images_that_a_filter_takes(view: Any) -> None:
     """Black and white exactly: rounding must not leave [0, 1]."""
 
@@ -83,12 +85,46 @@ def test_the_identity_view_is_the_classifiers_gradient_at_the_projection(
     assert torch.equal(input_gradient(defended, x), exact)
 
 
-@pytest.mark.parametrize("view", ["", "tangent", "unaware"])
+@pytest.mark.parametrize("view", ["", "bpda", "unaware"])
 def test_an_unknown_view_is_refused(networks: Any, view: Any) -> None:
-    with pytest.raises(ValueError, match=r"^view: expected one of exact, identity, got"):
+    with pytest.raises(ValueError, match=r"^view: expected one of exact, implicit, .*identity, got"):
         ManifoldFilter(*networks, CONFIG, view)
     with pytest.raises(ValueError, match=r"^view: expected"):
         DefendedClassifier(ManifoldFilter(*networks, CONFIG), nn.Flatten()).view(view)
+
+
+def test_the_start_view_is_the_gradient_of_the_encoder_alone(
+    filter: ManifoldFilter, classifier: nn.Module
+) -> None:
+    x = images(5)
+    found = filter.project(x).image
+
+    def surrogate(x: Tensor) -> Tensor:
+        short = filter.generator(filter.encoder(x))
+        return classifier(short + (found - short).detach())
+
+    expected = torch.autograd.grad(surrogate(x.requires_grad_(True))[:, 0].sum(), x)[0]
+    got = input_gradient(DefendedClassifier(filter, classifier).view("start"), x)
+    torch.testing.assert_close(got, expected)
+    with pytest.raises(ValueError, match=r"^view 'start' needs start='encoder', got start='origin'"):
+        ManifoldFilter(filter.generator, filter.encoder, ORIGIN, "start")
+
+
+@pytest.mark.parametrize("start", ["bank", "encoder"])
+def test_a_filter_makes_its_bank_and_metric_once(networks: Any, start: Any) -> None:
+    config = ProjectionConfig(start=start, others="bank", restarts=3, steps=3, bank=20, metric="mean")
+    filter, calls = ManifoldFilter(*networks, config), []
+    filter.generator.register_forward_hook(lambda *_: calls.append(1))
+    x = images(4)
+    expected = filter(x)
+    first, _ = len(calls), calls.clear()
+    assert torch.equal(filter(x), expected)
+    assert torch.equal(project(networks[0], x, config, encoder=networks[1]).image, expected)
+    assert len(calls) < 2 * first - 3
+    calls.clear()
+    assert torch.equal(filter.seen("tangent")(x), expected)
+    assert len(calls) == 5  # three gradients, the last loss, the image
+    torch.testing.assert_close(filter.double()(x.double()).float(), expected, atol=1e-4, rtol=0)
 
 
 def test_nothing_is_masked_by_accident(filter: ManifoldFilter, classifier: nn.Module) -> None:

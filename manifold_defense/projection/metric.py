@@ -1,0 +1,45 @@
+"""The shape of the range, averaged over it: coordinates in which a projection is well conditioned.
+
+M latents drawn from the prior   D latent size   P pixels   J = ∂G/∂z (P, D).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from manifold_defense.projection.jacobian import Jacobian
+from manifold_defense.types import Generator
+
+
+class Metric(NamedTuple):
+    """Coordinates w with `‖J z‖² ≈ ‖w‖²` on average: `w = z @ factor`, `z = w @ inverse`; both (D, D)."""
+
+    factor: Tensor
+    inverse: Tensor
+
+
+def mean_metric(generator: Generator, like: Tensor, *, samples: int = 64, seed: int = 0) -> Metric:
+    """The Cholesky factor of the mean of `JᵀJ` over the prior, on the device and in the type of `like`.
+
+    In these coordinates the Gauss-Newton matrix of the squared error is 2·I on average, so that a
+    solver needs no search for the length of its steps. Costs `samples · D` forward passes, once for
+    a generator.
+    """
+    dim = generator.latent_dim
+    rng = torch.Generator().manual_seed(seed)
+    z = torch.randn(samples, dim, generator=rng).to(like)
+    mean = torch.zeros(dim, dim, device=like.device, dtype=like.dtype)
+    with torch.inference_mode(False):
+        for part in z.split(16):
+            products = Jacobian(generator, part)
+            columns = [products.along(axis.expand_as(part)).flatten(1) for axis in torch.eye(dim).to(z)]
+            jacobian = torch.stack(columns, 2)  # (m, P, D)
+            mean += (jacobian.mT @ jacobian).sum(0) / samples
+    # Directions that the generator ignores have no scale of their own: a hundredth of the average.
+    ridge = 0.01 * mean.diagonal().mean().clamp(min=1e-12)
+    factor = torch.linalg.cholesky(mean + ridge * torch.eye(dim).to(z))
+    inverse = torch.linalg.solve_triangular(factor, torch.eye(dim).to(z), upper=False)
+    return Metric(factor, inverse)

@@ -1,0 +1,23 @@
+"""Settings that were measured, by name; docs/results.md has their figures."""
+
+from __future__ import annotations
+
+from manifold_defense.projection.config import ProjectionConfig
+
+# Defense-GAN as published and coded: 200 momentum steps of rate 10, then 1, from each of 10 starts
+# N(0, I/D); the least final error wins (Samangouei, Kabkab, Chellappa, ICLR 2018). The yardstick.
+REFERENCE = ProjectionConfig(
+    solver="gd", start="origin", restarts=10, steps=200, step_size=10.0, momentum=0.7, iterate="last"
+)
+
+PRESETS: dict[str, ProjectionConfig] = {
+    "reference": REFERENCE,
+    # No more error on clean images than the reference.
+    "accurate": ProjectionConfig(solver="lbfgs", metric="mean", steps=10),
+    # The most robust: forgives what an L∞ attack may have changed. Wants a robustly trained encoder.
+    "robust": ProjectionConfig(solver="adam", metric="mean", steps=20, loss="dead_zone_linf", radius=0.2),
+    # As robust and as true on clean images as the reference, at the least cost.
+    "fast": ProjectionConfig(solver="lbfgs", metric="mean", steps=5),
+    # The encoder alone: a preview, and no defence.
+    "single_shot": ProjectionConfig(steps=0),
+}

@@ -1,0 +1,143 @@
+"""The gradients that need no solver: against the closed form, the unrolled one and finite differences."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from manifold_defense.projection import (
+    ProjectionConfig,
+    attach_gradient,
+    mean_metric,
+    project,
+    project_exactly,
+    stationarity,
+)
+from manifold_defense.projection.implicit import Formula, conjugate_gradients
+from manifold_defense.projection.jacobian import Jacobian
+from tests.defence.test_projection import Curved, images, projector
+
+FORMULAS: tuple[Formula, ...] = get_args(Formula)
+SHARP = {"iterations": 60, "tolerance": 1e-12, "damping": 0.0}
+CONVERGED = ProjectionConfig("lbfgs", steps=120)
+
+
+def near(generator: Curved, n: int = 3) -> Tensor:
+    """Images a little off the range of a curved generator, (N, 1, 8, 8)."""
+    rng = torch.Generator().manual_seed(2)
+    z = torch.randn(n, generator.latent_dim, generator=rng, dtype=torch.float64) / 2
+    noise = torch.randn(n, 1, 8, 8, generator=rng, dtype=torch.float64)
+    return (generator(z) + 0.05 * noise).clamp(0.01, 0.99)
+
+
+def product(image: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
+    x = x.detach().requires_grad_(True)
+    return torch.autograd.grad(image(x), x, v)[0]
+
+
+def test_products_with_the_jacobian() -> None:
+    generator, z = Curved(), torch.randn(4, 3, dtype=torch.float64)
+    dense = torch.stack([torch.func.jacrev(lambda a: generator(a[None])[0].flatten())(row) for row in z])
+    products, d, w = Jacobian(generator, z), torch.randn_like(z), images(4)
+    torch.testing.assert_close(products.along(d).flatten(1), torch.einsum("npd,nd->np", dense, d))
+    torch.testing.assert_close(products.transposed(w), torch.einsum("npd,np->nd", dense, w.flatten(1)))
+    exact = dense.square().sum((1, 2)) / 3
+    torch.testing.assert_close(products.stretch(4000)[:, 0], exact, rtol=0.1, atol=0)
+
+
+def test_conjugate_gradients_solve() -> None:
+    rng = torch.Generator().manual_seed(0)
+    root = torch.randn(5, 6, 6, generator=rng, dtype=torch.float64)
+    matrix, right = root @ root.mT, torch.randn(5, 6, generator=rng, dtype=torch.float64)
+    expected = torch.linalg.solve(matrix, right)
+    inverse = torch.linalg.inv(matrix.mean(0))
+    for precondition in (lambda r: r, lambda r: r @ inverse):
+        solution = conjugate_gradients(
+            lambda p: torch.einsum("nij,nj->ni", matrix, p),
+            right,
+            precondition=precondition,
+            iterations=40,
+            tolerance=1e-12,
+        )
+        torch.testing.assert_close(solution, expected, rtol=1e-6, atol=1e-8)
+    rough = conjugate_gradients(
+        lambda p: torch.einsum("nij,nj->ni", matrix, p), right, iterations=1, tolerance=0.0
+    )
+    assert not torch.allclose(rough, expected, rtol=1e-2)
+
+
+def test_conjugate_gradients_stop_at_negative_curvature() -> None:
+    solution = conjugate_gradients(lambda p: -p, torch.ones(2, 3), iterations=9, tolerance=0.0)
+    assert torch.equal(solution, torch.ones(2, 3))
+    assert torch.equal(
+        conjugate_gradients(lambda p: p, torch.zeros(2, 3), iterations=9, tolerance=0.0), torch.zeros(2, 3)
+    )
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_on_a_linear_generator_all_are_the_orthogonal_projector(
+    linear: Any, formula: Formula, preconditioned: bool
+) -> None:
+    x, v = images(4), images(4, seed=20) - 0.5
+    found = project(linear, x, ProjectionConfig("lbfgs", "prior", steps=60))
+    metric = mean_metric(linear, x) if preconditioned else None
+    got = product(
+        lambda x: attach_gradient(linear, x, found.z, CONVERGED, formula, metric=metric, **SHARP), x, v
+    )
+    torch.testing.assert_close(got.flatten(1), v.flatten(1) @ projector(linear), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.2])
+def test_implicit_unrolled_and_finite_differences_agree_at_a_minimum(mu: float) -> None:
+    generator = Curved()
+    config = replace(CONVERGED, prior_weight=mu)
+    x, v = near(generator), images(3, seed=20) - 0.5
+    found = project(generator, x, config, encoder=generator.invert)
+    assert (stationarity(generator, x, found.z, config) < 1e-6).all()
+    implicit = product(lambda x: attach_gradient(generator, x, found.z, config, "implicit", **SHARP), x, v)
+    unrolled = product(lambda x: project_exactly(generator, x, config, encoder=generator.invert), x, v)
+    step = 1e-5 * (images(3, seed=9) - 0.5)
+    ends = [project(generator, x + s * step, config, encoder=generator.invert).image for s in (1, -1)]
+    slope = (v * (ends[0] - ends[1])).flatten(1).sum(1) / 2
+    torch.testing.assert_close((implicit * step).flatten(1).sum(1), slope, rtol=1e-3, atol=1e-12)
+    torch.testing.assert_close(implicit, unrolled, rtol=1e-3, atol=1e-4)
+    # Without the curvature of the range it is another, near to it.
+    gauss = product(lambda x: attach_gradient(generator, x, found.z, config, "gauss_newton", **SHARP), x, v)
+    assert not torch.allclose(gauss, implicit, rtol=1e-3, atol=1e-6)
+    assert torch.nn.functional.cosine_similarity(gauss.flatten(), implicit.flatten(), 0) > 0.8
+
+
+@pytest.mark.parametrize("loss", ["huber", "dead_zone_linf", "dead_zone_l2"])
+def test_the_implicit_gradient_of_other_losses(loss: Any) -> None:
+    """With a prior term, which makes the minimum unique where the loss is flat."""
+    generator = Curved()
+    config = replace(CONVERGED, loss=loss, radius=0.03, prior_weight=0.01)
+    x, v = near(generator), images(3, seed=20) - 0.5
+    found = project(generator, x, config, encoder=generator.invert)
+    implicit = product(lambda x: attach_gradient(generator, x, found.z, config, "implicit", **SHARP), x, v)
+    step = 1e-6 * (images(3, seed=9) - 0.5)
+    longer = replace(config, steps=300)
+    ends = [project(generator, x + s * step, longer, encoder=generator.invert).image for s in (1, -1)]
+    slope = (v * (ends[0] - ends[1])).flatten(1).sum(1) / 2
+    torch.testing.assert_close((implicit * step).flatten(1).sum(1), slope, rtol=2e-2, atol=1e-11)
+
+
+def test_stationarity_tells_an_unfinished_projection() -> None:
+    generator = Curved()
+    x = near(generator)
+    far = [
+        stationarity(
+            generator,
+            x,
+            project(generator, x, replace(CONVERGED, steps=k), encoder=generator.invert).z,
+            CONVERGED,
+        )
+        for k in (0, 5, 80)
+    ]
+    assert (far[0] > 0.1).any()
+    assert far[0].mean() > far[1].mean() > far[2].mean()
+    assert (far[2] < 1e-5).all()
