@@ -3,7 +3,7 @@ PYTHON ?= python3
 
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
-.PHONY: install run test lint bench clean help
+.PHONY: install run test lint bench-projection clean help
 
 install: .venv/.installed  ## make .venv and install the project with its dev extra (default)
 
@@ -18,15 +18,16 @@ lint: install  ## ruff and mypy
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy --strict gan manifold_defense pipelines
 
-bench: install  ## the benchmarks, on the finished digits run (`make run` first)
-	.venv/bin/python benchmarks/projection.py
+# BENCH="--data mnist --set data.root=PATH --filter zoo/mnist/filter --images 1000" for the MNIST figures.
+bench-projection: install  ## speed and error of the presets, on the finished digits run (`make run` first)
+	.venv/bin/python benchmarks/projection.py $(BENCH)
 
 clean:  ## remove .venv, caches and built packages; the results in runs/ stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
 
 # pip is what `venv` writes last: an environment that was cut short is made again.
 .venv/bin/pip:

@@ -1,12 +1,14 @@
-"""How fast and how well is the projection? The reference recipe and ours, interleaved in one process.
+"""How fast and how well does each preset project? All interleaved, in one process, on the same images.
 
     python benchmarks/projection.py                        the filter of the digits run
-    python benchmarks/projection.py --filter runs/mnist/export/filter --data mnist \\
-        --set data.root=PATH --images 200 --json mnist.json
+    python benchmarks/projection.py --filter zoo/mnist/filter --classifier runs/mnist/train-classifier \\
+        --data mnist --set data.root=PATH --images 1000 --json mnist.json
 
-Every setting projects the same held-out images with the same generator, by turns, `--repeats` times;
-speeds are medians. `gemm_share` is the FLOP rate of the filter's own setting against that of a large
-matrix product on this machine, the generator's own passes counted alone.
+Every preset projects the same held-out images with the same generator, by turns, `--repeats` times;
+speeds are medians, ratios are of medians. Then each projects images attacked with PGD that knows the
+classifier alone. `gemm_share` is the FLOP rate of the generator's forward and backward pass, in the
+batches that the presets use, against that of a large matrix product; a preset's own `gemm_share`
+counts its generator passes against all of its time.
 """
 
 from __future__ import annotations
@@ -17,46 +19,73 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import click
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from manifold_defense import REFERENCE, ManifoldFilter, ProjectionConfig, load_classifier, load_filter
+from gan import Encoder, Generator, NetworkConfig
+from manifold_defense import PRESETS, ManifoldFilter, Projection, load_classifier, load_filter
+from manifold_defense.attacks import pgd
 from pipelines.config import load_config
 from pipelines.data import load_data, subset, to_float
 
-
-def settings(filter: ManifoldFilter) -> dict[str, ProjectionConfig]:
-    """What is compared, by name; `single_shot` is the encoder alone, a preview and no defence."""
-    own = filter.config
-    lbfgs = replace(own, solver="lbfgs", steps=2 * own.steps)
-    return {"reference": REFERENCE, "filter": own, "lbfgs": lbfgs, "single_shot": replace(own, steps=0)}
+Result = TypeVar("Result")
 
 
-def seconds(work: Callable[[], object]) -> float:
+def timed(work: Callable[[], Result]) -> tuple[float, Result]:
     started = time.perf_counter()
-    work()
+    result = work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, result
 
 
 def gemm_flops_per_second(device: torch.device, repeats: int = 5) -> float:
     """The fastest of a few 2048³ matrix products."""
     a = torch.randn(2048, 2048, device=device)
     a @ a
-    return 2 * 2048**3 / min(seconds(lambda: a @ a) for _ in range(repeats))
+    return 2 * 2048**3 / min(timed(lambda: a @ a)[0] for _ in range(repeats))
 
 
 @torch.no_grad()
-def forward_flops(generator: torch.nn.Module, like: Tensor) -> int:
-    """Of one image; a gradient in z costs twice as much, and a projection two forward passes more."""
-    counter = FlopCounterMode(display=False)
-    with counter:
-        generator(torch.zeros(1, generator.latent_dim, device=like.device))
+def forward_flops(generator: nn.Module, device: torch.device) -> int:
+    """Of one image; the gradient in z costs as much again."""
+    with FlopCounterMode(display=False) as counter:
+        generator(torch.zeros(1, generator.latent_dim, device=device))  # type: ignore[arg-type,call-overload]
     return int(counter.get_total_flops())
+
+
+def gradient_flops_per_second(
+    generator: nn.Module, device: torch.device, batch: int, repeats: int = 7
+) -> float:
+    """Of the generator's forward and backward pass on a batch of latents, the median of a few."""
+    z = torch.randn(batch, generator.latent_dim, device=device, requires_grad=True)  # type: ignore[call-overload]
+
+    def work() -> None:
+        torch.autograd.grad(generator(z).sum(), z)
+
+    work()
+    seconds = statistics.median(timed(work)[0] for _ in range(repeats))
+    return 2 * batch * forward_flops(generator, device) / seconds
+
+
+def growth(config: NetworkConfig, side: int, device: torch.device) -> dict[str, dict[str, float]]:
+    """Images per second of the preset `accurate` on untrained networks, one size varied at a time."""
+
+    def speed(images: int, network: NetworkConfig, size: int) -> float:
+        shape = (1, size, size)
+        filter = ManifoldFilter(Generator(shape, network), Encoder(shape, network), PRESETS["accurate"])
+        filter, x = filter.to(device), torch.rand(images, *shape, device=device)
+        filter.project(x[:1])
+        return images / statistics.median(timed(lambda: filter.project(x))[0] for _ in range(3))
+
+    batches = {str(n): speed(n, config, side) for n in (1, 8, 64, 256, 1024)}
+    latents = {str(d): speed(128, replace(config, latent_dim=d), side) for d in (16, 32, 64, 128)}
+    sides = {str(s): speed(32, config, s) for s in (8, 16, 32, 64)}
+    return {"batch": batches, "latent_dim": latents, "image_side": sides}
 
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
@@ -67,6 +96,7 @@ def forward_flops(generator: torch.nn.Module, like: Tensor) -> int:
 @click.option("--data", default="digits")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE")
 @click.option("--images", default=100, type=click.IntRange(min=1))
+@click.option("--attacked", default=100, type=click.IntRange(min=1), help="Images that are attacked as well.")
 @click.option("--repeats", default=3, type=click.IntRange(min=1))
 @click.option("--json", "output", type=click.Path(path_type=Path))
 def main(
@@ -75,57 +105,79 @@ def main(
     data: str,
     changes: tuple[str, ...],
     images: int,
+    attacked: int,
     repeats: int,
     output: Path | None,
 ) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     filter = load_filter(folder).to(device)
-    model = load_classifier(classifier or folder.parent / "classifier").to(device)
+    model = load_classifier(classifier or folder.parent / "classifier").requires_grad_(False).to(device)
     test = load_data(load_config(None, [f"data.name={data}", *changes]).data).test
     test = subset(test, min(images, len(test.labels)))
     x, y = to_float(test.images).to(device), test.labels.to(device)
+    eps = 0.3 if data == "mnist" else 0.15
+    x_adv = pgd(model, x[:attacked], y[:attacked], norm="linf", eps=eps, steps=20, stop_early=False)
 
-    times: dict[str, list[float]] = {}
-    facts: dict[str, dict[str, float]] = {}
+    filters = {name: filter.configured(config) for name, config in PRESETS.items()}
+    results: dict[str, Projection] = {}
+    times: dict[str, list[float]] = {name: [] for name in filters}
+    for name, candidate in filters.items():
+        if name != "reference":
+            candidate.project(x[:64])  # the metric is made, and the machine is warm
     for _ in range(repeats):
-        for name, config in settings(filter).items():
-            candidate = ManifoldFilter(filter.generator, filter.encoder, config)
-            times.setdefault(name, []).append(seconds(lambda f=candidate: f.project(x)))  # type: ignore[misc]
-            if name not in facts:
-                facts[name] = measure(candidate, model, x, y)
-    reference = statistics.median(times["reference"])
-    presets = {
-        name: {
-            "images_per_second": len(x) / statistics.median(times[name]),
-            "ratio_to_reference": reference / statistics.median(times[name]),
-            **facts[name],
-        }
-        for name in times
-    }
-    evaluations = 2 * facts["filter"]["evaluations_per_image"] + 2
-    flops = len(x) * forward_flops(filter.generator, x) * evaluations
-    share = flops / statistics.median(times["filter"]) / gemm_flops_per_second(device)
+        for name, candidate in filters.items():
+            seconds, results[name] = timed(lambda f=candidate: f.project(x))  # type: ignore[misc]
+            times[name].append(seconds)
 
-    click.echo(f"{len(x)} images of {data}, {repeats} repeats, {torch.get_num_threads()} threads, {device}")
+    peak = gemm_flops_per_second(device)
+    flops = forward_flops(filter.generator, device)
+    share = gradient_flops_per_second(filter.generator, device, filter.config.chunk) / peak
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    presets = {}
+    for name, candidate in filters.items():
+        result, restarts = results[name], PRESETS[name].restarts
+        passes = 2 * float(result.steps.float().mean()) + restarts + 1  # the last losses, and the image
+        presets[name] = {
+            "images_per_second": len(x) / medians[name],
+            "ratio_to_reference": medians["reference"] / medians[name],
+            "mean_error": float(result.error.mean()),
+            "p95_error": float(result.error.quantile(0.95)),
+            "clean_accuracy": accuracy(model, result.image, y),
+            "evaluations_per_image": float(result.steps.float().mean()),
+            "attacked_unaware_accuracy": accuracy(model, candidate.project(x_adv).image, y[:attacked]),
+            "gemm_share": passes * flops * len(x) / medians[name] / peak,
+        }
+
+    click.echo(
+        f"{len(x)} images of {data}, {repeats} repeats, {torch.get_num_threads()} threads, {device}; "
+        f"{flops / 2e6:.2f} million multiply-adds for a drawing"
+    )
     columns = list(presets["reference"])
-    click.echo("".join(f"{c:>22}" for c in ["", *columns]))
+    click.echo(f"{'':>12}" + "".join(f"{c:>26}" for c in columns))
     for name, values in presets.items():
-        click.echo(f"{name:>22}" + "".join(f"{values[c]:>22.5g}" for c in columns))
-    click.echo(f"share of the GEMM peak: {share:.1%}")
+        click.echo(f"{name:>12}" + "".join(f"{values[c]:>26.5g}" for c in columns))
+    click.echo(f"generator forward and backward: {share:.1%} of the GEMM peak of {peak / 1e9:.0f} GFLOP/s")
+    grown = growth(filter.generator.config, x.shape[-1], device)  # type: ignore[arg-type]
+    for what, speeds in grown.items():
+        click.echo(
+            f"accurate, images a second by {what}: " + ", ".join(f"{k}: {v:.0f}" for k, v in speeds.items())
+        )
     if output is not None:
-        result = {"images": len(x), "data": data, "presets": presets, "gemm_share": share}
-        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        facts = {
+            "images": len(x),
+            "data": data,
+            "multiply_adds": flops / 2,
+            "presets": presets,
+            "gemm_share": share,
+            "gemm_peak_flops_per_second": peak,
+            "growth_images_per_second": grown,
+        }
+        output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
-def measure(filter: ManifoldFilter, model: torch.nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
-    result = filter.project(x)
-    return {
-        "mean_error": float(result.error.mean()),
-        "p95_error": float(result.error.quantile(0.95)),
-        "clean_accuracy": float((model(result.image).argmax(1) == y).float().mean()),
-        "evaluations_per_image": float(result.steps.float().mean()),
-    }
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    return float((model(x).argmax(1) == y).float().mean())
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""Fit the encoder to a frozen generator: the amortised start of every projection."""
+"""Fit the encoder to a frozen generator: the amortised start of every projection.
+
+N images, D latent size; x images (N, C, H, W) in [0, 1], δ a perturbation of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from torch import Tensor, nn
 
 from gan.averaging import averaged_copy, update_average
 from gan.networks import Encoder, Generator
@@ -20,7 +23,14 @@ from gan.sampling import step_rng
 class EncoderConfig:
     """Training of the encoder; `images` counts real images seen.
 
-    The loss is `‖G(E(x)) − x‖²` on data plus `latent_weight · ‖E(G(z)) − z‖²` on samples.
+    The loss is `‖G(E(x + δ)) − x‖²` on data plus `latent_weight · ‖E(G(z)) − z‖²` on samples.
+
+    perturbation  none: δ = 0; noise: δ uniform in the ball; adversarial: one gradient step from
+                  there up the reconstruction error, `min_E max_δ ‖G(E(x + δ)) − x‖²`, in the
+                  manner of Wong, Rice & Kolter (2020)
+    norm, eps     the ball: linf, l2, or both by turns, with a radius for each
+    ramp          share of the training over which the radius grows from 0
+    clean_share   weight of the loss at δ = 0 beside the perturbed one
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
@@ -30,8 +40,26 @@ class EncoderConfig:
     lr: float = 1e-3
     latent_weight: float = 0.02
     average_half_life: int = 5_000
+    perturbation: Literal["none", "noise", "adversarial"] = "none"
+    norm: Literal["linf", "l2", "both"] = "linf"
+    eps_linf: float = 0.3
+    eps_l2: float = 2.5
+    ramp: float = 0.5
+    clean_share: float = 0.0
 
     def __post_init__(self) -> None:
+        for name, allowed in (
+            ("perturbation", ("none", "noise", "adversarial")),
+            ("norm", ("linf", "l2", "both")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("eps_linf", "eps_l2"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected above 0 and finite, got {getattr(self, name)}")
+        for name in ("ramp", "clean_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected in [0, 1], got {getattr(self, name)}")
         for name in ("images", "batch_size", "average_half_life"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -63,8 +91,15 @@ def train_encoder(
     while state["images"] < config.images:
         rng = step_rng(seed, state["step"], fabric.global_rank)
         real = batches(state["step"])
+        disturbed = real
+        if config.perturbation != "none":
+            radius = min(1.0, state["images"] / (config.ramp * config.images)) if config.ramp else 1.0
+            disturbed = _perturbed(encoder, generator, real, config, radius, state["step"], rng)
         with fabric.autocast():
-            reconstruction = (generator(encoder(real)) - real).square().flatten(1)
+            reconstruction = (generator(encoder(disturbed)) - real).square().flatten(1)
+            if config.perturbation != "none" and config.clean_share > 0:
+                clean = (generator(encoder(real)) - real).square().flatten(1)
+                reconstruction = (1 - config.clean_share) * reconstruction + config.clean_share * clean
             z = torch.randn(len(real), generator.latent_dim, generator=rng).to(real)
             inversion = (encoder(generator(z)) - z).square().sum(1).mean()
             loss = reconstruction.sum(1).mean() + config.latent_weight * inversion
@@ -78,3 +113,45 @@ def train_encoder(
             state["images"],
             {"reconstruction_error": reconstruction.detach().mean(), "latent_error": inversion.detach()},
         )
+
+
+def _perturbed(
+    encoder: nn.Module,
+    generator: Generator,
+    x: Tensor,
+    config: EncoderConfig,
+    radius: float,
+    step: int,
+    rng: torch.Generator,
+) -> Tensor:
+    """`x + δ` in [0, 1] with δ in the ball of `config`, shrunk to the share `radius` of its size."""
+    norm = config.norm if config.norm != "both" else ("linf", "l2")[step % 2]
+    eps = radius * (config.eps_linf if norm == "linf" else config.eps_l2)
+    if norm == "linf":
+        delta = eps * (2 * torch.rand(x.shape, generator=rng).to(x) - 1)
+    else:
+        delta = (
+            eps
+            * torch.rand(len(x), 1, 1, 1, generator=rng).to(x)
+            * _unit(torch.randn(x.shape, generator=rng).to(x))
+        )
+    if config.perturbation == "adversarial":
+        at = (x + delta).clamp(0, 1).requires_grad_(True)
+        error = (generator(encoder(at)) - x).square().sum()
+        (gradient,) = torch.autograd.grad(error, at)
+        if norm == "linf":
+            delta = (delta + 1.25 * eps * gradient.sign()).clamp(-eps, eps)
+        else:
+            delta = delta + 1.25 * eps * _unit(gradient)
+            delta = delta * (eps / _size(delta)).clamp(max=1.0)
+    return (x + delta).clamp(0, 1)
+
+
+def _size(delta: Tensor) -> Tensor:
+    """`‖δ‖₂`, (N, 1, 1, 1), never zero."""
+    size: Tensor = torch.linalg.vector_norm(delta, dim=(1, 2, 3), keepdim=True)
+    return size.clamp(min=1e-12)
+
+
+def _unit(delta: Tensor) -> Tensor:
+    return delta / _size(delta)

@@ -105,6 +105,8 @@ class Generator(nn.Module):
         self.layers = nn.Sequential(*layers)
         _initialise(self)
         _zero_residuals(self)
+        # The order in which few channels are convolved fastest; images come out in it as well.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, z: Tensor) -> Tensor:
         out: Tensor = self.layers(self.dense(z).unflatten(1, self._coarse))

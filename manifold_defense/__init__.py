@@ -11,10 +11,11 @@ from manifold_defense.artifact import (
     save_filter,
 )
 from manifold_defense.filter import DefendedClassifier, ManifoldFilter
-from manifold_defense.projection import REFERENCE, ProjectionConfig, project
+from manifold_defense.projection import PRESETS, REFERENCE, ProjectionConfig, project
 from manifold_defense.types import Generator, Projection, Threat
 
 __all__ = [
+    "PRESETS",
     "REFERENCE",
     "ArtifactError",
     "DefendedClassifier",

@@ -74,6 +74,10 @@ class ManifoldFilter(nn.Module):
         """Stay in eval mode: a filter has nothing to train, and batch statistics would couple images."""
         return super().train(False)
 
+    def configured(self, config: ProjectionConfig) -> ManifoldFilter:
+        """This filter, sharing all weights, with other settings: `filter.configured(PRESETS["fast"])`."""
+        return ManifoldFilter(self.generator, self.encoder, config, self.view)
+
     def seen(self, view: View) -> ManifoldFilter:
         """This filter, sharing all weights, differentiated as `view` says."""
         other = ManifoldFilter(self.generator, self.encoder, self.config, view)

@@ -208,23 +208,34 @@ def _show_results(console: Any, config: Any, *, with_report: bool) -> None:
 @click.option(
     "--filter", "folder", type=click.Path(path_type=Path), metavar="FOLDER", help="An exported filter."
 )
+@click.option(
+    "--preset", metavar="NAME", help="Other settings: accurate, fast, robust, reference or single_shot."
+)
 @click.option("--force", is_flag=True, help="Write into a folder that is not empty.")
 @click.option(
     "--run", "run_name", metavar="NAME", help="Use the filter that this run exported (default: digits)."
 )
 def filter_command(
-    source: Path, target: Path, folder: Path | None, force: bool, run_name: str | None
+    source: Path, target: Path, folder: Path | None, preset: str | None, force: bool, run_name: str | None
 ) -> None:
     """Purify an image, or a folder tree of images, and list each one's error in OUTPUT/errors.csv."""
     from rich.progress import Progress
 
     from manifold_defense.artifact import load_filter
+    from manifold_defense.projection import PRESETS
     from pipelines.purify import purify
     from pipelines.stage import RUNS
 
     if folder is not None and run_name is not None:
         raise click.UsageError("--filter and --run name two filters; give one of them")
+    if preset is not None and preset not in PRESETS:
+        raise click.UsageError(f"--preset: expected one of {', '.join(PRESETS)}, got {preset}")
     loaded = load_filter(folder or RUNS / (run_name or "digits") / "export" / "filter")
+    if preset is not None:
+        try:
+            loaded = loaded.configured(PRESETS[preset])
+        except ValueError as error:  # this filter has no encoder
+            raise click.UsageError(f"--preset {preset}: {error}") from None
     console = _console()
     columns = Progress.get_default_columns()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

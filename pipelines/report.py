@@ -9,11 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 Rows = Sequence[Mapping[str, Any]]
-COLUMNS = ("defence", "clean", "noise", "unaware", "identity", "exact", "worst of all", "95 % interval")
+COLUMNS = ("defence", "clean", "noise", "unaware", "approximate", "exact", "worst of all", "95 % interval")
 
 
 class ThreatTable(NamedTuple):
-    """Per defence: the lowest accuracy of each view under one threat, and the per-image worst."""
+    """Per defence: the lowest accuracy of each kind of view under one threat, and the per-image worst.
+
+    `approximate` are all gradients of a filter but the exact one.
+    """
 
     title: str
     lines: list[tuple[str, ...]]  # one tuple a defence, in the order of COLUMNS
@@ -39,21 +42,19 @@ def _line(defence: str, clean: Mapping[str, Any], rows: Rows) -> tuple[str, ...]
     own = [r for r in rows if r["defence"] == defence]
     worst = next(r for r in own if r["attack"] == "worst")
 
-    def lowest(**wanted: str) -> str:
-        found = [
-            r["robust_accuracy"]
-            for r in own
-            if r["attack"] not in ("worst",)
-            and (r["attack"] == "noise") == ("attack" in wanted)
-            and all(r[k] == v for k, v in wanted.items())
-        ]
-        return percent(min(found)) if found else "–"
+    def lowest(rows: Rows) -> str:
+        return percent(min(r["robust_accuracy"] for r in rows)) if rows else "–"
+
+    noise = [r for r in own if r["attack"] == "noise"]
+    attacks = [r for r in own if r["attack"] not in ("noise", "worst")]
 
     return (
         defence,
         percent(clean["robust_accuracy"]),
-        lowest(attack="noise"),
-        *(lowest(view=view) for view in ("unaware", "identity", "exact")),
+        lowest(noise),
+        lowest([r for r in attacks if r["view"] == "unaware"]),
+        lowest([r for r in attacks if r["view"] not in ("unaware", "exact")]),
+        lowest([r for r in attacks if r["view"] == "exact"]),
         percent(worst["robust_accuracy"]),
         f"{percent(worst['ci_low'])} – {percent(worst['ci_high'])}",
     )

@@ -47,7 +47,7 @@ def views(rows: Sequence[Row]) -> list[str]:
     PGD that approximates or ignores the filter: then it is stuck, and the filter only looks strong.
     """
     findings = []
-    filtered = {r.defence for r in rows if r.view in ("unaware", "identity")}
+    filtered = {r.defence for r in rows if r.view not in (None, "exact", "all")}
     for defence in sorted(filtered):
         own = [r for r in rows if r.defence == defence]
         for norm, eps in dict.fromkeys((r.norm, r.eps) for r in own if r.norm):

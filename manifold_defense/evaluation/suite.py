@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 from manifold_defense.attacks import cw, fgsm, noise, pgd
 from manifold_defense.filter import DefendedClassifier
 from manifold_defense.types import Attack, Classifier, Threat
 
-ViewName = Literal["exact", "identity", "unaware"]
+ViewName = Literal["unaware", "start", "identity", "tangent", "gauss_newton", "implicit", "exact"]
 
 
 # How far past the boundary, in logits, a C&W image is pushed that is to fool another model.
@@ -25,9 +25,10 @@ class AttackConfig:
     steps      of pgd and cw; for noise the number of draws
     restarts   of pgd; for cw the searches on its constant
     loss       that fgsm and pgd climb: ce, margin, or both (pgd: by turns, a restart each)
-    views      in which a filter is attacked: through its exact gradient, its identity
-               approximation, or not at all (unaware: the bare classifier is attacked). A bare
-               classifier has but its own gradient, and meets the attack once whatever stands here.
+    views      in which a filter is attacked: through a gradient of its own (see `ManifoldFilter`;
+               those that it does not have are passed over), or not at all (unaware: the bare
+               classifier is attacked). A bare classifier has but its own gradient, and meets the
+               attack once whatever stands here.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
@@ -47,8 +48,9 @@ class AttackConfig:
         losses = {"pgd": ("ce", "margin", "both"), "fgsm": ("ce", "margin")}.get(self.name, ("ce",))
         if self.loss not in losses:
             raise ValueError(f"loss of {self.name}: expected one of {', '.join(losses)}, got {self.loss!r}")
-        if not self.views or not set(self.views) <= {"unaware", "identity", "exact"}:
-            raise ValueError(f"views: expected some of unaware, identity, exact, got {list(self.views)}")
+        known = get_args(ViewName)
+        if not self.views or not set(self.views) <= set(known):
+            raise ValueError(f"views: expected some of {', '.join(known)}, got {list(self.views)}")
 
     @property
     def label(self) -> str:
@@ -96,14 +98,11 @@ class Defence:
     @classmethod
     def filtered(cls, name: str, defended: DefendedClassifier) -> Defence:
         """A classifier behind a filter, in every view."""
+        views = [view for view in get_args(ViewName) if view in defended.filter.views()]
         return cls(
             name,
             defended,
-            {
-                "unaware": defended.classifier,
-                "identity": defended.view("identity"),
-                "exact": defended.view("exact"),
-            },
+            {"unaware": defended.classifier, **{view: defended.view(view) for view in views}},
         )
 
 

@@ -42,7 +42,7 @@ class ProjectionConfig:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
 
-    solver: Literal["gd", "adam", "lbfgs"] = "lbfgs"
+    solver: Literal["gd", "adam", "lbfgs"] = "adam"
     start: Literal["encoder", "bank", "prior", "origin"] = "encoder"
     restarts: int = 1
     steps: int = 10

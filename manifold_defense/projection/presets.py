@@ -13,11 +13,11 @@ REFERENCE = ProjectionConfig(
 PRESETS: dict[str, ProjectionConfig] = {
     "reference": REFERENCE,
     # No more error on clean images than the reference.
-    "accurate": ProjectionConfig(solver="lbfgs", metric="mean", steps=10),
-    # The most robust: forgives what an L∞ attack may have changed. Wants a robustly trained encoder.
-    "robust": ProjectionConfig(solver="adam", metric="mean", steps=20, loss="dead_zone_linf", radius=0.2),
-    # As robust and as true on clean images as the reference, at the least cost.
-    "fast": ProjectionConfig(solver="lbfgs", metric="mean", steps=5),
-    # The encoder alone: a preview, and no defence.
+    "accurate": ProjectionConfig(solver="lbfgs", metric="mean", steps=12),
+    # Forgives what an L∞ attack may have changed; at its best with an adversarially trained encoder.
+    "robust": ProjectionConfig(solver="adam", metric="mean", steps=10, loss="dead_zone_linf", radius=0.3),
+    # As true on clean images as the reference and as robust, at the least cost.
+    "fast": ProjectionConfig(solver="gd", metric="mean", steps=3, loss="dead_zone_linf", radius=0.2),
+    # The encoder alone: a preview.
     "single_shot": ProjectionConfig(steps=0),
 }

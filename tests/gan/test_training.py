@@ -10,12 +10,12 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 from state_support import tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from gan import Encoder, Generator, NetworkConfig
-from gan.inversion import EncoderConfig, encoder_state, train_encoder
+from gan.inversion import EncoderConfig, _perturbed, encoder_state, train_encoder
 from gan.optimisation import seeded
-from gan.sampling import batch_indices
+from gan.sampling import batch_indices, step_rng
 from gan.training import GanConfig, gan_state, train_gan
 
 NETWORK = NetworkConfig(latent_dim=6, generator_width=4, critic_width=4, encoder_width=4, max_width=8)
@@ -225,6 +225,65 @@ def test_an_encoder_learns_to_invert(fabric: Fabric) -> None:
     assert all(p.grad is None for p in generator.parameters())
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2", "both"])
+def test_an_encoder_trained_on_attacks_resists_them(fabric: Fabric, norm: Any) -> None:
+    """Under one gradient step up its error it beats the plain encoder, and pays for it on clean images."""
+    generator = seeded(3, lambda: Generator(SHAPE, replace(NETWORK, generator_width=16, max_width=32)))
+    with torch.no_grad():
+        images = generator(torch.randn(256, 6, generator=torch.Generator().manual_seed(1)))
+    plain = EncoderConfig(images=200 * 32, batch_size=32, lr=3e-3, average_half_life=300)
+    errors = {}
+    for perturbation in ("none", "noise", "adversarial"):
+        config = replace(plain, perturbation=perturbation, norm=norm, eps_linf=0.2, eps_l2=1.2, ramp=0.3)
+        encoder = seeded(0, lambda: Encoder(SHAPE, replace(NETWORK, encoder_width=8, max_width=32)))
+        state = encoder_state(fabric, encoder, config)
+        exhaust(train_encoder(fabric, state, generator, batches_of(images, 32), config, 0), 200)
+        average = state["encoder_average"]
+        errors[perturbation] = [
+            float((generator(average(x)) - images).square().mean())
+            for x in (images, attacked(average, generator, images, config))
+        ]
+    assert errors["adversarial"][1] < 0.8 * errors["none"][1]
+    assert errors["adversarial"][0] > errors["none"][0]
+    assert errors["noise"] != errors["none"]
+
+
+def attacked(encoder: nn.Module, generator: nn.Module, x: Tensor, config: EncoderConfig) -> Tensor:
+    """Ten steps up the error of the reconstruction, inside the ball (the L2 one for `both`)."""
+    delta = torch.zeros_like(x)
+    for _ in range(10):
+        at = (x + delta).clamp(0, 1).requires_grad_(True)
+        (gradient,) = torch.autograd.grad((generator(encoder(at)) - x).square().sum(), at)
+        if config.norm == "linf":
+            delta = (delta + 0.25 * config.eps_linf * gradient.sign()).clamp(
+                -config.eps_linf, config.eps_linf
+            )
+        else:
+            length = torch.linalg.vector_norm(gradient, dim=(1, 2, 3), keepdim=True)
+            delta = delta + 0.25 * config.eps_l2 * gradient / length
+            size = torch.linalg.vector_norm(delta, dim=(1, 2, 3), keepdim=True)
+            delta = delta * (config.eps_l2 / size).clamp(max=1)
+    return (x + delta).clamp(0, 1).detach()
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.3), ("l2", 2.0)])
+@pytest.mark.parametrize("kind", ["noise", "adversarial"])
+def test_perturbed_images_stay_in_the_ball(norm: Any, eps: float, kind: Any) -> None:
+    generator = seeded(3, lambda: Generator(SHAPE, NETWORK))
+    encoder = seeded(4, lambda: Encoder(SHAPE, NETWORK))
+    config = EncoderConfig(perturbation=kind, norm=norm, eps_linf=0.3, eps_l2=2.0)
+    x = torch.rand(20, *SHAPE, generator=torch.Generator().manual_seed(0))
+    for radius in (0.0, 0.5, 1.0):
+        got = _perturbed(encoder, generator, x, config, radius, 0, step_rng(0, 0))
+        delta = (got - x).flatten(1)
+        size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+        assert (size <= radius * eps + 1e-5).all()
+        assert got.min() >= 0
+        assert got.max() <= 1
+        if radius and kind == "adversarial":
+            assert (size > 0.5 * radius * eps).any()
+
+
 @pytest.mark.parametrize(
     ("config", "key", "value"),
     [
@@ -238,6 +297,10 @@ def test_an_encoder_learns_to_invert(fabric: Fabric) -> None:
         (GanConfig, "loss", "hinge"),
         *((EncoderConfig, key, 0) for key in ("images", "batch_size", "average_half_life", "lr")),
         (EncoderConfig, "latent_weight", -0.1),
+        (EncoderConfig, "perturbation", "fgsm"),
+        (EncoderConfig, "norm", "l1"),
+        *((EncoderConfig, key, 0.0) for key in ("eps_linf", "eps_l2")),
+        *((EncoderConfig, key, 1.1) for key in ("ramp", "clean_share")),
     ],
 )
 def test_a_config_names_its_bad_key(config: Any, key: str, value: Any) -> None:
