@@ -5,10 +5,11 @@
         --data mnist --set data.root=PATH --images 200 --json robustness.json
 
 Attacks run from cheap to dear, and only images that survived go on: first the images that broke the
-classifier alone and the other presets before (transfer), then PGD through each view, which starts
-again from the clean image with a random start, both losses, one a restart. Binarisation at 0.5
-stands beside the filters, attacked through a soft threshold and through the identity. The
-`reference` is the one defence attacked less: see `--reference-steps`.
+classifier alone and the other presets before (transfer), then PGD through each view, each from a
+random start of its own: `--approximate-steps` through the views that approximate, `--steps` through
+the exact one, `--restarts` of each, by turns on cross-entropy and margin. A preset that normalises
+its gradients meets the exact view once more, averaged over noise: what shatters can be smoothed.
+Binarisation at 0.5 stands beside the filters, attacked through a soft threshold and the identity.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from manifold_defense.types import Classifier, Norm
 from pipelines.config import load_config
 from pipelines.data import load_data, subset, to_float
 
-THREATS: list[tuple[Norm, float]] = [("linf", 0.1), ("linf", 0.3), ("l2", 1.5), ("l2", 2.5)]
+THREATS: list[tuple[Norm, float]] = [("linf", 0.3), ("l2", 2.5), ("l2", 1.5), ("linf", 0.1)]
 
 
 class Binarised(nn.Module):
@@ -50,16 +51,31 @@ class Binarised(nn.Module):
         return logits
 
 
+class Averaged(nn.Module):
+    """The mean logits over Gaussian noise on the input: the gradient of what a shattered one hides."""
+
+    def __init__(self, model: Classifier, draws: int = 3, sigma: float = 0.02) -> None:
+        super().__init__()
+        self.model, self.draws, self.sigma = model, draws, sigma
+
+    def forward(self, x: Tensor) -> Tensor:
+        rng = torch.Generator().manual_seed(0)
+        noisy = [x + self.sigma * torch.randn(x.shape, generator=rng) for _ in range(self.draws)]
+        return torch.stack([self.model(part.clamp(0, 1)) for part in noisy]).mean(0)
+
+
 class Survivors:
     """Which images (N,) a defence still classifies correctly under one threat, and what broke the others."""
 
-    def __init__(self, model: Classifier, x: Tensor, y: Tensor, batch: int) -> None:
-        self.model, self.x, self.y, self.batch = model, x, y, batch
+    def __init__(
+        self, model: Classifier, targets: dict[str, Classifier], x: Tensor, y: Tensor, batch: int
+    ) -> None:
+        self.model, self.targets, self.x, self.y, self.batch = model, targets, x, y, batch
         self.adversarial = x.clone()
         self.alive = torch.cat(
             [self._right(a, b) for a, b in zip(x.split(batch), y.split(batch), strict=True)]
         )
-        self.by: dict[str, float] = {}  # after each attack, the share still alive
+        self.by = {"clean": float(self.alive.float().mean())}  # after each attack, the share still alive
 
     @torch.no_grad()
     def _right(self, x: Tensor, y: Tensor) -> Tensor:
@@ -74,6 +90,53 @@ class Survivors:
             self.alive[index[broken]] = False
         self.by[name] = float(self.alive.float().mean())
 
+    def attack(
+        self, norm: Norm, eps: float, known: list[Tensor], steps: int, approximate_steps: int, restarts: int
+    ) -> None:
+        """Meet everything: images (N, C, H, W) that broke others, then PGD on each target."""
+        for images in known:
+            self.meet("transfer", lambda _x, _y, index, images=images: images[index])
+        for name, target in self.targets.items():
+            length = steps if name in ("exact", "unaware") else approximate_steps
+            self.meet(
+                name,
+                lambda x, y, _, target=target, length=length, name=name: pgd(
+                    target,
+                    x,
+                    y,
+                    norm=norm,
+                    eps=eps,
+                    steps=length,
+                    restarts=restarts,
+                    loss="both" if restarts > 1 else "margin",
+                    stop_early=name not in ("unaware", "averaged"),
+                ),
+            )
+
+
+def make_defences(
+    model: nn.Module, plain: ManifoldFilter, robust: ManifoldFilter, presets: tuple[str, ...]
+) -> dict[str, tuple[Classifier, dict[str, Classifier]]]:
+    """By name: what is deployed, and the models that an attack differentiates instead, cheap ones first."""
+    slopes = {f"slope {slope}": Binarised(model, slope) for slope in (0, 5, 20)}
+    defences: dict[str, tuple[Classifier, dict[str, Classifier]]] = {
+        "none": (model, {"exact": model}),
+        "binarised": (Binarised(model), {"unaware": model, **slopes}),
+    }
+    for name in presets:
+        filter = (robust if name == "robust" else plain).configured(PRESETS[name])
+        defended = DefendedClassifier(filter, model)
+        order = ("start", "identity", "tangent", "implicit", "exact")
+        targets: dict[str, Classifier] = {
+            view: defended.view(view) for view in order if view in filter.views()
+        }
+        if PRESETS[name].solver == "adam" and PRESETS[name].steps:
+            targets["averaged"] = Averaged(defended)
+        if not PRESETS[name].steps:  # no solver: the exact gradient is the start's
+            targets = {"exact": defended}
+        defences[name] = (defended, {"unaware": model, **targets})
+    return defences
+
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--filter", "folder", type=click.Path(path_type=Path), required=True)
@@ -85,8 +148,9 @@ class Survivors:
 @click.option("--data", default="mnist")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE")
 @click.option("--images", default=200, type=click.IntRange(min=1))
-@click.option("--steps", default=40, type=click.IntRange(min=1), help="Of PGD, for each of two restarts.")
-@click.option("--reference-steps", default=10, help="Steps of PGD against the preset `reference`.")
+@click.option("--steps", default=40, type=click.IntRange(min=1), help="Of PGD through the exact view.")
+@click.option("--approximate-steps", default=10, type=click.IntRange(min=1), help="And through the others.")
+@click.option("--restarts", default=2, type=click.IntRange(min=1))
 @click.option("--batch", default=100, type=click.IntRange(min=1))
 @click.option("--json", "output", type=click.Path(path_type=Path))
 def main(
@@ -98,7 +162,8 @@ def main(
     changes: tuple[str, ...],
     images: int,
     steps: int,
-    reference_steps: int,
+    approximate_steps: int,
+    restarts: int,
     batch: int,
     output: Path | None,
 ) -> None:
@@ -111,13 +176,13 @@ def main(
     for entry in classifiers:
         label, _, path = entry.partition("=")
         model = load_classifier(Path(path)).requires_grad_(False)
+        defences = make_defences(model, plain, other, presets)
         for norm, eps in THREATS:
             known: list[Tensor] = []  # what broke the defences before: tried on the next ones
-            for name in ("none", "binarised", *presets):
+            for name in defences:
                 started = time.perf_counter()
-                survivors = attacked(
-                    name, model, plain, other, x, y, norm, eps, steps, reference_steps, batch, known
-                )
+                survivors = Survivors(*defences[name], x, y, batch)
+                survivors.attack(norm, eps, known, steps, approximate_steps, restarts)
                 known.append(survivors.adversarial)
                 alive = int(survivors.alive.sum())
                 low, high = wilson(alive, len(x))
@@ -142,68 +207,11 @@ def main(
                     facts = {
                         "images": len(x),
                         "steps": steps,
-                        "reference_steps": reference_steps,
+                        "approximate_steps": approximate_steps,
+                        "restarts": restarts,
                         "rows": table,
                     }
                     output.write_text(json.dumps(facts) + "\n", encoding="utf-8")
-
-
-def attacked(
-    name: str,
-    model: nn.Module,
-    plain: ManifoldFilter,
-    robust: ManifoldFilter,
-    x: Tensor,
-    y: Tensor,
-    norm: Norm,
-    eps: float,
-    steps: int,
-    reference_steps: int,
-    batch: int,
-    known: list[Tensor],
-) -> Survivors:
-    """One defence against everything, cheap attacks first."""
-
-    def climb(target: Classifier, length: int, *, unaware: bool = False) -> Callable[..., Tensor]:
-        def attack(images: Tensor, labels: Tensor, index: Tensor) -> Tensor:
-            return pgd(
-                target,
-                images,
-                labels,
-                norm=norm,
-                eps=eps,
-                steps=length,
-                restarts=2,
-                loss="both",
-                stop_early=not unaware,
-            )
-
-        return attack
-
-    targets: dict[str, Classifier]
-    if name == "none":
-        deployed: Classifier = model
-        targets = {"exact": model}
-    elif name == "binarised":
-        deployed = Binarised(model)
-        targets = {f"slope {slope}": Binarised(model, slope) for slope in (0, 5, 20)}
-    else:
-        source = robust if name == "robust" else plain
-        filter = source.configured(PRESETS[name])
-        defended = DefendedClassifier(filter, model)
-        deployed = defended
-        order = ("start", "identity", "tangent", "implicit", "exact")
-        targets = {view: defended.view(view) for view in order if view in filter.views()}
-    survivors = Survivors(deployed, x, y, batch)
-    survivors.by["clean"] = float(survivors.alive.float().mean())
-    for images in known:
-        survivors.meet("transfer", lambda _x, _y, index, images=images: images[index])
-    length = reference_steps if name == "reference" else steps
-    if name not in ("none",):
-        survivors.meet("unaware", climb(model, steps, unaware=True))
-    for view, target in targets.items():
-        survivors.meet(view, climb(target, length))
-    return survivors
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class ManifoldFilter(nn.Module):
         if view == "start" and not self.config.uses_encoder:
             raise ValueError(f"view 'start' needs start='encoder', got start={self.config.start!r}")
         self.view = view
-        self._made: tuple[object, Bank | None, Metric | None] | None = None
+        self._made: dict[object, tuple[Bank | None, Metric | None]] = {}  # shared with all views of it
         self.requires_grad_(False)
         self.eval()
 
@@ -76,11 +76,14 @@ class ManifoldFilter(nn.Module):
 
     def configured(self, config: ProjectionConfig) -> ManifoldFilter:
         """This filter, sharing all weights, with other settings: `filter.configured(PRESETS["fast"])`."""
-        return ManifoldFilter(self.generator, self.encoder, config, self.view)
+        return self._like(config, self.view)
 
     def seen(self, view: View) -> ManifoldFilter:
         """This filter, sharing all weights, differentiated as `view` says."""
-        other = ManifoldFilter(self.generator, self.encoder, self.config, view)
+        return self._like(self.config, view)
+
+    def _like(self, config: ProjectionConfig, view: View) -> ManifoldFilter:
+        other = ManifoldFilter(self.generator, self.encoder, config, view)
         other._made = self._made
         return other
 
@@ -115,10 +118,12 @@ class ManifoldFilter(nn.Module):
 
     def _aids(self, x: Tensor) -> dict[str, Any]:
         """Encoder, bank and metric; the latter two are made once for a device and a type."""
-        key = (x.device, x.dtype)
-        if self._made is None or self._made[0] != key:
-            self._made = (key, *surroundings(self.generator, x.detach()[:0], self.config))  # type: ignore[arg-type]
-        return {"encoder": self.encoder, "bank": self._made[1], "metric": self._made[2]}
+        c = self.config
+        key = (x.device, x.dtype, c.metric, c.uses_bank and (c.bank, c.seed))
+        if key not in self._made:
+            self._made[key] = surroundings(self.generator, x.detach()[:0], c)  # type: ignore[arg-type]
+        bank, metric = self._made[key]
+        return {"encoder": self.encoder, "bank": bank, "metric": metric}
 
 
 class DefendedClassifier(nn.Module):

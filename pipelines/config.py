@@ -114,7 +114,13 @@ class EvaluateConfig:
     attacks: tuple[AttackConfig, ...] = (
         AttackConfig("noise", steps=10),
         AttackConfig("fgsm"),
-        AttackConfig("pgd", steps=20, restarts=2, loss="both"),
+        AttackConfig(
+            "pgd",
+            steps=20,
+            restarts=2,
+            loss="both",
+            views=("unaware", "start", "identity", "tangent", "exact"),
+        ),
         AttackConfig("cw", steps=30, restarts=3),
     )
 

@@ -31,8 +31,8 @@ def attach_gradient(
     formula: Formula,
     *,
     metric: Metric | None = None,
-    iterations: int = 32,
-    tolerance: float = 1e-3,
+    iterations: int = 16,
+    tolerance: float = 1e-2,
     damping: float = 1e-4,
 ) -> Tensor:
     """`G(z)` (N, C, H, W) for z (N, D), with a gradient in x (N, C, H, W) that follows `formula`.

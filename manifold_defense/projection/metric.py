@@ -21,7 +21,7 @@ class Metric(NamedTuple):
     inverse: Tensor
 
 
-def mean_metric(generator: Generator, like: Tensor, *, samples: int = 64, seed: int = 0) -> Metric:
+def mean_metric(generator: Generator, like: Tensor, *, samples: int = 32, seed: int = 0) -> Metric:
     """The Cholesky factor of the mean of `JᵀJ` over the prior, on the device and in the type of `like`.
 
     In these coordinates the Gauss-Newton matrix of the squared error is 2·I on average, so that a

@@ -15,7 +15,7 @@ def _harden_inputs(config: Config) -> tuple[str, ...]:
 _ALL = (
     Stage(
         "train-gan",
-        1,
+        2,
         "generator, critic and joint encoder",
         ("seed", "data", "gan"),
         lambda config: (),

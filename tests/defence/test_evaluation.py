@@ -143,7 +143,7 @@ def test_an_attack_is_bound_to_its_threat(config: AttackConfig, keywords: dict[s
         ("restarts", 0),
         ("loss", "dlr"),
         ("views", ()),
-        ("views", ("tangent",)),
+        ("views", ("bpda",)),
     ],
 )
 def test_an_attack_config_names_its_bad_key(key: str, value: Any) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from pipelines_support import invoke, settings
 from safetensors.torch import load_file
 
-from manifold_defense import load_classifier, load_filter
+from manifold_defense import PRESETS, load_classifier, load_filter
 from pipelines.context import Context, InterruptionError
 from pipelines.stages import STAGES
 
@@ -54,7 +54,8 @@ def test_the_table_holds_every_cell(finished):
             assert {r["attack"] for r in cells} == set(attacks)
             for attack in {"fgsm", "pgd", "cw"} & set(attacks):
                 views = {r["view"] for r in cells if r["attack"] == attack}
-                assert views == {"unaware", "identity", "exact"}
+                more = {"start", "tangent"} if attack == "pgd" else set()
+                assert views == {"unaware", "identity", "exact"} | more
     assert all(r["n"] == 20 and r["ci_low"] <= r["robust_accuracy"] <= r["ci_high"] for r in table)
 
 
@@ -354,6 +355,26 @@ def test_the_exports_load_and_filter_files(run_folder, tmp_path):
     written = np.asarray(Image.open(tmp_path / "out" / "deep" / "a.png"))
     assert np.array_equal(written, (expected[0, 0] * 255).round().numpy().astype(np.uint8))
     assert (tmp_path / "out" / "errors.csv").exists()
+
+
+def test_a_preset_replaces_the_settings_of_a_filter(run_folder, tmp_path):
+    filter = load_filter(run_folder / "export")
+    Image.new("L", (8, 8), 90).save(tmp_path / "a.png")
+    tables = {}
+    for name in ("single_shot", "fast", "accurate"):
+        source = tmp_path / f"in-{name}"
+        source.mkdir()
+        shutil.copy(tmp_path / "a.png", source)
+        result = invoke("filter", source, tmp_path / name, "--preset", name)
+        assert result.exit_code == 0, result.output
+        line = (tmp_path / name / "errors.csv").read_text().splitlines()[1].split(",")
+        tables[name] = int(line[2])
+        expected = filter.configured(PRESETS[name]).project(torch.full((1, 1, 8, 8), 90 / 255))
+        assert float(line[1]) == pytest.approx(float(expected.error), rel=1e-3)
+    assert tables == {name: PRESETS[name].steps for name in tables}
+    result = invoke("filter", tmp_path / "a.png", tmp_path / "b.png", "--preset", "best")
+    assert result.exit_code == 2
+    assert "--preset: expected one of reference, accurate" in result.output
 
 
 def test_a_latent_objective_needs_the_encoder_and_hardens(run_folder):

@@ -1,0 +1,55 @@
+"""The trained weights that come with the project: small, whole, as their cards say, and of use."""
+
+import hashlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from manifold_defense import PRESETS, load_classifier, load_filter
+
+MNIST = Path(__file__).parents[1] / "zoo" / "mnist"
+WEIGHTS = sorted(MNIST.glob("*/*.safetensors"))
+
+
+def test_there_is_a_filter_and_its_classifiers() -> None:
+    assert [path.parent.name for path in WEIGHTS] == ["classifier", "filter", "undefended"]
+
+
+@pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.parent.name)
+def test_weights_are_those_of_the_card(path: Path) -> None:
+    assert path.stat().st_size < 4e6
+    card = (path.parent / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"\b[0-9a-f]{64}\b", card) == [hashlib.sha256(path.read_bytes()).hexdigest()]
+    for word in ("Command", "Seed", "Minutes"):
+        assert word in card
+
+
+def test_the_filter_redraws_its_own_drawings_and_not_noise() -> None:
+    filter = load_filter(MNIST / "filter")
+    assert filter.config == PRESETS["robust"]
+    assert filter.image_shape == (1, 28, 28)
+    accurate = filter.configured(PRESETS["accurate"])
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        drawn = filter.generator(torch.randn(8, 64, generator=rng))
+    noise = torch.rand(8, 1, 28, 28, generator=rng)
+    assert accurate.project(drawn).error.mean() < 0.004
+    assert accurate.project(noise).error.mean() > 0.1
+    # Ink: the drawings are neither empty nor full.
+    assert 0.05 < float(drawn.mean()) < 0.4
+
+
+@pytest.mark.parametrize("name", ["classifier", "undefended"])
+def test_a_classifier_sees_what_the_filter_keeps(name: str) -> None:
+    """Of confident drawings, most keep their class."""
+    filter, classifier = load_filter(MNIST / "filter"), load_classifier(MNIST / name)
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        drawn = filter.generator(torch.randn(40, 64, generator=rng))
+        logits = classifier(drawn)
+        sure = logits.softmax(1).amax(1) > 0.9
+        kept = classifier(filter(drawn)).argmax(1) == logits.argmax(1)
+    assert sure.sum() > 15
+    assert kept[sure].float().mean() > 0.9
