@@ -20,7 +20,8 @@ SMALL = (
     "projection.steps=3",
     "evaluate.images=20",
     "evaluate.batch_size=7",
-    'evaluate.attacks=[{name="noise",steps=2},{name="fgsm"},{name="pgd",steps=3,loss="both",restarts=2},'
+    'evaluate.attacks=[{name="noise",steps=2},{name="fgsm"},{name="pgd",steps=3,loss="both",restarts=2,'
+    'views=["unaware","start","identity","tangent","exact"]},'
     '{name="cw",steps=3,restarts=1}]',
 )
 

@@ -30,7 +30,8 @@ def test_the_readme_has_commands_to_test():
 def at_home(finished, tmp_path, monkeypatch):
     """A finished run, the recipes, images to filter and a folder of photographs."""
     shutil.copytree(finished / "runs", tmp_path / "runs")
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    for folder in ("configs", "zoo"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     for name in ("INPUT", "PATH/train/a", "PATH/train/b", "PATH/test/a", "PATH/test/b"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("L", (8, 8), 90).save(tmp_path / name / "grey.png")
