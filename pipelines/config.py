@@ -108,7 +108,7 @@ class EvaluateConfig:
 
     __pydantic_config__: ClassVar = _STRICT
 
-    images: int = 300
+    images: int = 200
     batch_size: int = 250
     threats: tuple[Threat, ...] = (Threat("linf", 0.15), Threat("l2", 1.0))
     attacks: tuple[AttackConfig, ...] = (
