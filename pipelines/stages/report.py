@@ -11,8 +11,9 @@ from pipelines.context import Context
 from pipelines.report import markdown_results, markdown_rows, markdown_table
 
 _LEGEND = """\
-*unaware*: the attack knows the classifier alone. *identity*: it passes the gradient through the filter
-unchanged (BPDA). *exact*: it differentiates every step of the projection. Each of these columns is the
+*unaware*: the attack knows the classifier alone. *approximate*: another gradient stands in for the filter's,
+that of its encoder, of the identity (BPDA) or of the range. *exact*: it differentiates every step of the
+projection. Each of these columns is the
 lowest figure of its attacks; *worst of all* counts an image only if it survives everything, and is the
 figure to quote. Intervals are Wilson's.
 """
