@@ -1,7 +1,7 @@
 """What is each preset worth against an attacker who knows it? The per-image worst over views and attacks.
 
-    python benchmarks/robustness.py --filter zoo/mnist/filter --robust zoo/mnist/robust \\
-        --classifier plain=runs/mnist/train-classifier --classifier hardened=runs/mnist/harden \\
+    python benchmarks/robustness.py --filter zoo/mnist/filter \\
+        --classifier plain=zoo/mnist/undefended --classifier hardened=zoo/mnist/classifier \\
         --data mnist --set data.root=PATH --images 200 --json robustness.json
 
 Attacks run from cheap to dear, and only images that survived go on: first the images that broke the
@@ -115,7 +115,7 @@ class Survivors:
 
 
 def make_defences(
-    model: nn.Module, plain: ManifoldFilter, robust: ManifoldFilter, presets: tuple[str, ...]
+    model: nn.Module, plain: ManifoldFilter, presets: tuple[str, ...]
 ) -> dict[str, tuple[Classifier, dict[str, Classifier]]]:
     """By name: what is deployed, and the models that an attack differentiates instead, cheap ones first."""
     slopes = {f"slope {slope}": Binarised(model, slope) for slope in (0, 5, 20)}
@@ -124,7 +124,7 @@ def make_defences(
         "binarised": (Binarised(model), {"unaware": model, **slopes}),
     }
     for name in presets:
-        filter = (robust if name == "robust" else plain).configured(PRESETS[name])
+        filter = plain.configured(PRESETS[name])
         defended = DefendedClassifier(filter, model)
         order = ("start", "identity", "tangent", "implicit", "exact")
         targets: dict[str, Classifier] = {
@@ -140,7 +140,6 @@ def make_defences(
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--filter", "folder", type=click.Path(path_type=Path), required=True)
-@click.option("--robust", type=click.Path(path_type=Path), help="Filter with the encoder of preset robust.")
 @click.option("--classifier", "classifiers", multiple=True, required=True, metavar="NAME=FOLDER")
 @click.option(
     "--preset", "presets", multiple=True, default=("single_shot", "fast", "accurate", "robust", "reference")
@@ -155,7 +154,6 @@ def make_defences(
 @click.option("--json", "output", type=click.Path(path_type=Path))
 def main(
     folder: Path,
-    robust: Path | None,
     classifiers: tuple[str, ...],
     presets: tuple[str, ...],
     data: str,
@@ -168,7 +166,6 @@ def main(
     output: Path | None,
 ) -> None:
     plain = load_filter(folder)
-    other = load_filter(robust) if robust else plain
     test = load_data(load_config(None, [f"data.name={data}", *changes]).data).test
     test = subset(test, min(images, len(test.labels)))
     x, y = to_float(test.images), test.labels
@@ -176,7 +173,7 @@ def main(
     for entry in classifiers:
         label, _, path = entry.partition("=")
         model = load_classifier(Path(path)).requires_grad_(False)
-        defences = make_defences(model, plain, other, presets)
+        defences = make_defences(model, plain, presets)
         for norm, eps in THREATS:
             known: list[Tensor] = []  # what broke the defences before: tried on the next ones
             for name in defences:

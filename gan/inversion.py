@@ -25,7 +25,7 @@ class EncoderConfig:
 
     The loss is `‖G(E(x + δ)) − x‖²` on data plus `latent_weight · ‖E(G(z)) − z‖²` on samples.
 
-    perturbation  none: δ = 0; noise: δ uniform in the ball; adversarial: one gradient step from
+    perturbation  none: δ = 0; noise: δ drawn in the ball; adversarial: one gradient step from
                   there up the reconstruction error, `min_E max_δ ‖G(E(x + δ)) − x‖²`, in the
                   manner of Wong, Rice & Kolter (2020)
     norm, eps     the ball: linf, l2, or both by turns, with a radius for each

@@ -7,6 +7,7 @@ at a time, so that no more than one step's graph is alive.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -42,11 +43,10 @@ def project(
         x = x.detach().clone()  # leaves inference mode
         bank, metric = surroundings(generator, x, config, bank, metric)
         problem = Problem(generator, config, metric)
-        parts = []
-        for part in x.split(max(1, config.chunk // config.restarts)):
-            with torch.no_grad():
-                start = problem.point(starts(part, generator.latent_dim, config, encoder, bank))
-            parts.append(_project_chunk(problem, part, start))
+        parts = [
+            _project_chunk(problem, part, start.detach())
+            for part, start in _chunks(problem, x, encoder, bank)
+        ]
     return Projection(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -69,11 +69,12 @@ def project_exactly(
     check_images(x, generator.image_shape)
     bank, metric = surroundings(generator, x.detach(), config, bank, metric)
     problem = Problem(generator, config, metric)
-    parts = []
-    for part in x.split(max(1, config.chunk // config.restarts)):
-        start = problem.point(starts(part, generator.latent_dim, config, encoder, bank))
-        parts.append(generator(problem.latent(_Unrolled.apply(part, start, problem))))
-    return torch.cat(parts)
+    return torch.cat(
+        [
+            generator(problem.latent(_Unrolled.apply(part, start, problem)))
+            for part, start in _chunks(problem, x, encoder, bank)
+        ]
+    )
 
 
 def surroundings(
@@ -124,6 +125,15 @@ class Problem(NamedTuple):
         z = self.latent(after[0])
         size = (z.square().mean(1, keepdim=True) + 1e-24).sqrt()
         return self.point(z * (config.clip / size).clamp(max=1.0)), *after[1:]
+
+
+def _chunks(
+    problem: Problem, x: Tensor, encoder: Encoder | None, bank: Bank | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images (n, C, H, W) and the points to start from (n, R, D), so many at a time as fit a chunk."""
+    config = problem.config
+    for part in x.split(max(1, config.chunk // config.restarts)):
+        yield part, problem.point(starts(part, problem.generator.latent_dim, config, encoder, bank))
 
 
 def _project_chunk(problem: Problem, x: Tensor, start: Tensor) -> Projection:

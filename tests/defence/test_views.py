@@ -94,7 +94,8 @@ def test_on_a_linear_generator_all_are_the_orthogonal_projector(
 @pytest.mark.parametrize("mu", [0.0, 0.2])
 def test_implicit_unrolled_and_finite_differences_agree_at_a_minimum(mu: float) -> None:
     generator = Curved()
-    config = replace(CONVERGED, prior_weight=mu)
+    # Linear convergence carries the derivative along; L-BFGS arrives before its derivative does.
+    config = replace(CONVERGED, solver="gd", metric="mean", steps=400, prior_weight=mu)
     x, v = near(generator), images(3, seed=20) - 0.5
     found = project(generator, x, config, encoder=generator.invert)
     assert (stationarity(generator, x, found.z, config) < 1e-6).all()
@@ -104,7 +105,7 @@ def test_implicit_unrolled_and_finite_differences_agree_at_a_minimum(mu: float) 
     ends = [project(generator, x + s * step, config, encoder=generator.invert).image for s in (1, -1)]
     slope = (v * (ends[0] - ends[1])).flatten(1).sum(1) / 2
     torch.testing.assert_close((implicit * step).flatten(1).sum(1), slope, rtol=1e-3, atol=1e-12)
-    torch.testing.assert_close(implicit, unrolled, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(implicit, unrolled, rtol=1e-3, atol=1e-6)
     # Without the curvature of the range it is another, near to it.
     gauss = product(lambda x: attach_gradient(generator, x, found.z, config, "gauss_newton", **SHARP), x, v)
     assert not torch.allclose(gauss, implicit, rtol=1e-3, atol=1e-6)
