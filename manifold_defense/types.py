@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 from torch import Tensor
 
-Norm = Literal["linf", "l2"]
+# What bounds a perturbation; see `Threat`.
+Norm = Literal["linf", "l2", "l1", "l0", "patch", "corruption"]
 # How the gradient of a projection is taken; "exact" is that of the deployed computation.
 View = Literal["exact", "implicit", "gauss_newton", "tangent", "start", "identity"]
 
@@ -42,7 +43,14 @@ class Projection(NamedTuple):
 
 @dataclass(frozen=True)
 class Threat:
-    """All images within `eps` of the clean one, in pixel units of [0, 1]."""
+    """All images that an attacker may put in the place of a clean one.
+
+    norm        eps
+    linf l2 l1  radius of the ball, in pixel units of [0, 1], over all channels
+    l0          how many pixels may change, whatever their channels
+    patch       side of the one square, in pixels, inside which everything may change
+    corruption  severity, 1 to 5, of the natural corruptions in `attacks.corruptions`
+    """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
 
@@ -50,7 +58,11 @@ class Threat:
     eps: float = 0.3
 
     def __post_init__(self) -> None:
-        if self.norm not in ("linf", "l2"):
-            raise ValueError(f"norm: expected linf or l2, got {self.norm!r}")
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"norm: expected one of {', '.join(get_args(Norm))}, got {self.norm!r}")
         if not 0 < self.eps < float("inf"):
             raise ValueError(f"eps: expected above 0 and finite, got {self.eps}")
+        if self.norm in ("l0", "patch", "corruption") and self.eps != int(self.eps):
+            raise ValueError(f"eps of {self.norm}: expected a whole number, got {self.eps}")
+        if self.norm == "corruption" and self.eps > 5:
+            raise ValueError(f"eps of corruption: expected a severity of 1 to 5, got {self.eps:g}")

@@ -65,6 +65,40 @@ GEOMETRIES = {
 }
 
 
+def _changed(delta: Tensor) -> Tensor:
+    """Whether each pixel of δ (N, C, H, W) is changed in any channel, (N, H, W)."""
+    return (delta != 0).any(1)
+
+
+def _patch_side(delta: Tensor) -> Tensor:
+    """Side of the smallest square that holds every changed pixel, (N,); 0 if none is."""
+    changed = _changed(delta)
+
+    def extent(line: Tensor) -> Tensor:
+        """From the first to the last True of each row of (N, L)."""
+        places = torch.arange(1, line.shape[1] + 1, device=line.device) * line
+        first = torch.where(line, places, line.shape[1] + 1).amin(1)
+        return torch.where(line.any(1), places.amax(1) - first + 1, 0)
+
+    return torch.maximum(extent(changed.any(2)), extent(changed.any(1))).to(delta.dtype)
+
+
+def sizes(norm: str, delta: Tensor) -> Tensor:
+    """How large each perturbation (N, C, H, W) is in the unit of a threat's `eps`, (N,).
+
+    A corruption has no size of this kind: 0.
+    """
+    if norm in GEOMETRIES:
+        return GEOMETRIES[norm].size(delta)
+    if norm == "l0":
+        return _changed(delta).flatten(1).sum(1).to(delta.dtype)
+    if norm == "patch":
+        return _patch_side(delta)
+    if norm == "corruption":
+        return delta.new_zeros(len(delta))
+    raise ValueError(f"norm: expected linf, l2, l1, l0, patch or corruption, got {norm!r}")
+
+
 def geometry(norm: str) -> Geometry:
     """The geometry named `norm`, or a ValueError that names the known ones."""
     if norm not in GEOMETRIES:

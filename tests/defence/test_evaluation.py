@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_defense import DefendedClassifier, ManifoldFilter, ProjectionConfig, Threat
+from manifold_defense.attacks.norms import sizes
 from manifold_defense.evaluation import (
     AttackConfig,
     Defence,
@@ -171,10 +172,45 @@ def test_both_losses_are_for_pgd_alone(name: Any) -> None:
         AttackConfig(name, loss="both")
 
 
-@pytest.mark.parametrize(("key", "value"), [("norm", "l1"), ("eps", 0.0), ("eps", -1.0), ("eps", math.nan)])
-def test_a_threat_names_its_bad_key(key: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"^{key}: expected"):
-        Threat(**{key: value})
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"norm": "l3"},
+        {"eps": 0.0},
+        {"eps": -1.0},
+        {"eps": math.nan},
+        {"norm": "l0", "eps": 2.5},
+        {"norm": "patch", "eps": 0.3},
+        {"norm": "corruption", "eps": 6},
+    ],
+)
+def test_a_threat_names_its_bad_key(values: dict[str, Any]) -> None:
+    key = "norm" if values.get("norm") == "l3" else "eps"
+    with pytest.raises(ValueError, match=f"^{key}.*: expected"):
+        Threat(**values)
+
+
+@pytest.mark.parametrize(
+    ("norm", "size"), [("linf", 0.5), ("l2", 0.7071), ("l1", 1.0), ("l0", 2), ("patch", 4), ("corruption", 0)]
+)
+def test_the_size_of_a_perturbation(norm: str, size: float) -> None:
+    delta = torch.zeros(2, 2, 8, 8)
+    delta[0, 0, 1, 3] = 0.5
+    delta[0, 1, 4, 2] = -0.5
+    found = sizes(norm, delta)
+    assert found.tolist() == pytest.approx([size, 0], abs=1e-4)
+
+
+def test_a_pixel_counts_once_whatever_its_channels() -> None:
+    delta = torch.zeros(1, 3, 4, 4)
+    delta[0, :, 3, 3] = 0.1
+    assert sizes("l0", delta).item() == sizes("patch", delta).item() == 1
+    assert sizes("patch", torch.ones(1, 3, 4, 6)).item() == 6
+
+
+def test_an_unknown_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="^norm: expected"):
+        sizes("l3", torch.zeros(1, 1, 2, 2))
 
 
 # --- Attacks and outcomes ---
