@@ -209,7 +209,7 @@ def test_a_pixel_counts_once_whatever_its_channels() -> None:
 
 
 def test_an_unknown_size_is_refused() -> None:
-    with pytest.raises(ValueError, match="^norm: expected"):
+    with pytest.raises(ValueError, match=r"^norm: expected"):
         sizes("l3", torch.zeros(1, 1, 2, 2))
 
 
