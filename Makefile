@@ -3,7 +3,7 @@ PYTHON ?= python3
 
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
-.PHONY: install run test lint bench-projection clean help
+.PHONY: install run test lint bench-projection bench-attacks clean help
 
 install: .venv/.installed  ## make .venv and install the project with its dev extra (default)
 
@@ -21,6 +21,9 @@ lint: install  ## ruff and mypy
 # BENCH="--data mnist --set data.root=PATH --filter zoo/mnist/filter --images 1000" for the MNIST figures.
 bench-projection: install  ## speed and error of the presets, on the finished digits run (`make run` first)
 	.venv/bin/python benchmarks/projection.py $(BENCH)
+
+bench-attacks: install  ## our attacks beside those of foolbox, torchattacks and ART, where installed
+	.venv/bin/python benchmarks/attacks.py $(BENCH)
 
 clean:  ## remove .venv, caches and built packages; the results in runs/ stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

@@ -14,6 +14,7 @@ from torch import Tensor
 
 # What bounds a perturbation; see `Threat`.
 Norm = Literal["linf", "l2", "l1", "l0", "patch", "corruption"]
+Ball = Literal["linf", "l2", "l1"]  # the norms whose balls are convex
 # How the gradient of a projection is taken; "exact" is that of the deployed computation.
 View = Literal["exact", "implicit", "gauss_newton", "tangent", "start", "identity"]
 

@@ -52,10 +52,11 @@ def _exit_code(error: Exception) -> int | None:
     from pipelines.config import ConfigError
     from pipelines.context import InterruptionError
     from pipelines.data import DataError
+    from pipelines.own import OwnClassifierError
     from pipelines.purify import PurifyError
     from pipelines.stage import StageError
 
-    if isinstance(error, ConfigError):
+    if isinstance(error, (ConfigError, OwnClassifierError)):
         return 2
     if isinstance(error, InterruptionError):
         return 130
@@ -252,10 +253,27 @@ def filter_command(
         _fail(f"{len(result.unreadable)} unreadable: {', '.join(result.unreadable[:5])}", 1)
 
 
+def _stage_command(name: str, config: Any, *, force: bool, remake: bool, dry_run: bool) -> None:
+    """Run one stage alone, or say what that would do."""
+    from pipelines.run import run_stages
+
+    console = _console()
+    if dry_run:
+        _show_intentions(console, config, [name], force, remake=remake)
+        return
+    run_stages(config, [name], console, force=force, remake=remake)
+    if name == "evaluate":
+        _show_results(console, config, with_report=False)
+
+
+def _stage_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option("--force", is_flag=True, help="Make the stage anew, whatever there is.")(command)
+    return _run_options(command)
+
+
 def _add_stage_command(name: str, summary: str) -> None:
     @main.command(name, help=f"Stage: {summary}.")
-    @click.option("--force", is_flag=True, help="Make the stage anew, whatever there is.")
-    @_run_options
+    @_stage_options
     def command(
         force: bool,
         dry_run: bool,
@@ -263,15 +281,50 @@ def _add_stage_command(name: str, summary: str) -> None:
         settings: tuple[str, ...],
         run_name: str | None,
     ) -> None:
-        from pipelines.run import run_stages
+        config = _load(config_file, settings, run_name)
+        _stage_command(name, config, force=force, remake=force, dry_run=dry_run)
 
-        config, console = _load(config_file, settings, run_name), _console()
-        if dry_run:
-            _show_intentions(console, config, [name], force, remake=force)
-            return
-        run_stages(config, [name], console, force=force, remake=force)
-        if name == "evaluate":
-            _show_results(console, config, with_report=False)
+
+@main.command("evaluate")
+@click.option(
+    "--classifier",
+    metavar="MODULE:FUNCTION",
+    help="Attack a classifier of your own, a torch module, instead of those of the run.",
+)
+@click.option("--filter", "folder", metavar="FOLDER", help="And the same behind this exported filter.")
+@click.option("--data", metavar="NAME", help="Short for --set data.name=NAME.")
+@_stage_options
+def evaluate_command(
+    classifier: str | None,
+    folder: str | None,
+    data: str | None,
+    force: bool,
+    dry_run: bool,
+    config_file: Path | None,
+    settings: tuple[str, ...],
+    run_name: str | None,
+) -> None:
+    """Stage: attack every defence in every view.
+
+    The results of an own classifier go to runs/own, unless --run says otherwise. They are measured
+    anew each time: its weights may have changed. Only an interrupted evaluation of equal weights goes on.
+    """
+    if folder is not None and classifier is None:
+        raise click.UsageError(
+            "--filter goes in front of a classifier of your own: give --classifier as well"
+        )
+    if data is not None:
+        settings = (f"data.name={data}", *settings)
+    if classifier is None:
+        config = _load(config_file, settings, run_name)
+        _stage_command("evaluate", config, force=force, remake=force, dry_run=dry_run)
+        return
+    from pipelines.run import statuses
+
+    settings = (*settings, f"evaluate.classifier={classifier}", f"evaluate.filter={folder or ''}")
+    config = _load(config_file, settings, run_name or "own")
+    finished = statuses(config)["evaluate"][2] == "cached"
+    _stage_command("evaluate", config, force=True, remake=finished or force, dry_run=dry_run)
 
 
 for _name, _summary in (
@@ -280,7 +333,6 @@ for _name, _summary in (
     ("train-classifier", "train the classifier on clean images"),
     ("project", "project test images and measure the generator"),
     ("harden", "train the classifier adversarially"),
-    ("evaluate", "attack every defence in every view"),
     ("report", "write tables and pictures"),
     ("export", "write the deployable filter and classifiers"),
 ):

@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -21,7 +21,7 @@ from manifold_defense.classifiers import ArchitectureConfig
 from manifold_defense.evaluation import AttackConfig
 from manifold_defense.hardening.training import TrainingConfig
 from manifold_defense.projection import ProjectionConfig
-from manifold_defense.types import Norm, Threat
+from manifold_defense.types import Ball, Threat
 from pipelines.data import DataConfig
 
 _STRICT = ConfigDict(extra="forbid")
@@ -85,7 +85,7 @@ class HardenConfig:
     __pydantic_config__: ClassVar = _STRICT
 
     objective: Literal["pgd", "latent", "clean"] = "pgd"
-    norm: Norm = "linf"
+    norm: Ball = "linf"
     eps: float = 0.15
     steps: int = 5
     clean_share: float = 0.0
@@ -102,38 +102,57 @@ class HardenConfig:
                 raise ValueError(f"{name}: expected in [0, 1], got {getattr(self, name)}")
 
 
+Baseline = Literal["binarise", "bit_depth", "jpeg", "blur", "noise", "nearest", "encoder"]
+
+
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is measured: every attack on every defence for every threat, on `images` test images (0: all)."""
+    """What is measured: every attack on every defence for every threat, on `images` test images (0: all).
+
+    mode        standard: an attack meets the images that the cheaper ones before it left; full: all
+    baselines   preprocessing in front of the plain classifier, beside the filter
+    reject      share of clean images that the filter with a reject option may refuse (0: no such defence)
+    checks      images on which the signs of masked gradients are looked for (0: none are)
+    classifier  package.module:function of your own one, which is then evaluated alone
+    filter      folder of a filter to put in front of it as well
+    """
 
     __pydantic_config__: ClassVar = _STRICT
 
     images: int = 200
     batch_size: int = 250
+    mode: Literal["standard", "full"] = "standard"
     threats: tuple[Threat, ...] = (Threat("linf", 0.15), Threat("l2", 1.0))
+    baselines: tuple[Baseline, ...] = get_args(Baseline)
+    reject: float = 0.05
+    checks: int = 40
+    classifier: str = ""
+    filter: str = ""
     attacks: tuple[AttackConfig, ...] = (
         AttackConfig("noise", steps=10),
         AttackConfig("fgsm"),
-        AttackConfig(
-            "pgd",
-            steps=20,
-            restarts=2,
-            loss="both",
-            views=("unaware", "start", "identity", "tangent", "exact"),
-        ),
-        AttackConfig("cw", steps=30, restarts=3),
+        AttackConfig("pgd", steps=20, restarts=2, loss="both"),
+        AttackConfig("cw", steps=30, restarts=3, views=("exact",)),
     )
 
     def __post_init__(self) -> None:
-        if self.images < 0 or self.batch_size < 1:
+        if self.images < 0 or self.batch_size < 1 or self.checks < 0:
             raise ValueError(
-                f"expected images ≥ 0 and batch_size ≥ 1, got {self.images} and {self.batch_size}"
+                "expected images ≥ 0, batch_size ≥ 1 and checks ≥ 0, "
+                f"got {self.images}, {self.batch_size} and {self.checks}"
             )
+        if not 0 <= self.reject < 1:
+            raise ValueError(f"reject: expected in [0, 1), got {self.reject}")
         if not self.threats or not self.attacks:
             raise ValueError("expected at least one threat and one attack")
+        if self.filter and not self.classifier:
+            raise ValueError("filter: goes in front of a classifier of your own; set classifier as well")
         for threat in self.threats:
             if not any(attack.applies_to(threat) and attack.name != "noise" for attack in self.attacks):
                 raise ValueError(f"no attack but noise applies to the threat {threat.norm} {threat.eps:g}")
+        for what, entries in (("threats", self.threats), ("baselines", self.baselines)):
+            if len(set(entries)) < len(entries):
+                raise ValueError(f"{what}: expected each of them once")
         labels = [attack.label for attack in self.attacks]
         for label in labels:
             if labels.count(label) > 1:

@@ -226,8 +226,8 @@ class Context:
         return bool(votes > 0)  # type: ignore[operator]
 
     @contextmanager
-    def progress(self, total: int, unit: str = "img") -> Iterator[Callable[[int], None]]:
-        """A bar with rate and time left; yields a function that is told how much is done."""
+    def progress(self, total: int, unit: str = "img") -> Iterator[Callable[..., None]]:
+        """A bar with rate and time left; yields a function that is told how much is done (of what)."""
         with Progress(
             TextColumn("{task.description:<17}"),
             BarColumn(),
@@ -239,7 +239,7 @@ class Context:
             disable=not (self.main and self.shop.console.is_terminal),
         ) as bar:
             task = bar.add_task(self.stage, total=total)
-            yield lambda done: bar.update(task, completed=min(done, total))
+            yield lambda done, of=total: bar.update(task, completed=min(done, of), total=of)
 
 
 class _Rate(ProgressColumn):

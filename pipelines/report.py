@@ -10,12 +10,17 @@ from rich.table import Table
 
 Rows = Sequence[Mapping[str, Any]]
 COLUMNS = ("defence", "clean", "noise", "unaware", "approximate", "exact", "worst of all", "95 % interval")
+MASKED = " (masked)"
+_FRONT = ("noise", "unaware", "approximate", "exact")  # the columns of attacks, weak to strong
+_NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1", "l0": "L0", "union": "union of all threats"}
 
 
 class ThreatTable(NamedTuple):
-    """Per defence: the lowest accuracy of each kind of view under one threat, and the per-image worst.
+    """Per defence: what each kind of attack leaves under one threat, and the per-image worst.
 
-    `approximate` are all gradients of a filter but the exact one.
+    In an evaluation of mode `standard` a column is what is left after its attacks and all before
+    them, in mode `full` the lowest figure of its own attacks. `approximate` are all gradients of a
+    defence but the exact one. A figure that a check found masked says so.
     """
 
     title: str
@@ -23,12 +28,13 @@ class ThreatTable(NamedTuple):
 
 
 def threat_tables(rows: Rows) -> list[ThreatTable]:
-    """One table a threat, from the rows of `evaluate/stage.json`."""
+    """One table a threat, the union of all last, from the rows of `evaluate/stage.json`."""
     clean = {r["defence"]: r for r in rows if r["attack"] == "clean"}
     threats = list(dict.fromkeys((r["norm"], r["eps"]) for r in rows if r["attack"] == "worst"))
+    threats.sort(key=lambda threat: threat[0] == "union")
     return [
         ThreatTable(
-            f"{_norm(norm)} {eps:g}",
+            _threat(norm, eps),
             [
                 _line(defence, clean[defence], [r for r in rows if (r["norm"], r["eps"]) == (norm, eps)])
                 for defence in clean
@@ -42,43 +48,52 @@ def _line(defence: str, clean: Mapping[str, Any], rows: Rows) -> tuple[str, ...]
     own = [r for r in rows if r["defence"] == defence]
     worst = next(r for r in own if r["attack"] == "worst")
 
-    def lowest(rows: Rows) -> str:
-        return percent(min(r["robust_accuracy"] for r in rows)) if rows else "–"
-
-    noise = [r for r in own if r["attack"] == "noise"]
-    attacks = [r for r in own if r["attack"] not in ("noise", "worst")]
+    def lowest(column: str) -> str:
+        found = [r["robust_accuracy"] for r in own if _column(r) == column]
+        return percent(min(found)) if found else "–"
 
     return (
-        defence,
+        f"{defence}{' *' if worst['trained'] else ''}",
         percent(clean["robust_accuracy"]),
-        lowest(noise),
-        lowest([r for r in attacks if r["view"] == "unaware"]),
-        lowest([r for r in attacks if r["view"] not in ("unaware", "exact")]),
-        lowest([r for r in attacks if r["view"] == "exact"]),
-        percent(worst["robust_accuracy"]),
+        *(lowest(column) for column in _FRONT),
+        f"{percent(worst['robust_accuracy'])}{MASKED if worst['masked'] else ''}",
         f"{percent(worst['ci_low'])} – {percent(worst['ci_high'])}",
     )
+
+
+def _column(row: Mapping[str, Any]) -> str:
+    """Which column a row belongs to; attacks without gradients and transfers count in the worst alone."""
+    if row["attack"] == "noise":
+        return "noise"
+    if row["view"] in ("unaware", "exact"):
+        return str(row["view"])
+    return "" if row["view"] in ("deployed", "transfer", "all", None) else "approximate"
 
 
 def summary(rows: Rows) -> list[str]:
     """One sentence a threat: what the filter changes, by the worst of all attacks and views."""
     by_key = {(r["defence"], r["norm"], r["eps"]): r for r in rows if r["attack"] == "worst"}
     threats = list(dict.fromkeys((norm, eps) for _, norm, eps in by_key))
+    pairs = (("undefended", "filter"), ("hardened", "hardened+filter"), ("own", "own+filter"))
     lines = []
     for norm, eps in threats:
         parts = []
-        for bare, filtered in (("undefended", "filter"), ("hardened", "hardened+filter")):
-            before, after = by_key[bare, norm, eps], by_key[filtered, norm, eps]
-            verdict = _verdict(before, after)
+        for bare, filtered in pairs:
+            before, after = by_key.get((bare, norm, eps)), by_key.get((filtered, norm, eps))
+            if before is None or after is None:
+                continue
             parts.append(
                 f"{bare} {percent(before['robust_accuracy'])} → {filtered} "
-                f"{percent(after['robust_accuracy'])} ({verdict})"
+                f"{percent(after['robust_accuracy'])} ({_verdict(before, after)})"
             )
-        lines.append(f"{_norm(norm)} {eps:g}, worst of all attacks and views: " + "; ".join(parts))
+        if parts:
+            lines.append(f"{_threat(norm, eps)}, worst of all attacks and views: " + "; ".join(parts))
     return lines
 
 
 def _verdict(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    if before["masked"] or after["masked"]:
+        return "no verdict: a figure is masked"
     if after["ci_low"] > before["ci_high"]:
         return "the filter helps"
     if after["ci_high"] < before["ci_low"]:
@@ -90,20 +105,23 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _norm(norm: str | None) -> str:
-    return {"linf": "L∞", "l2": "L2"}.get(norm or "", norm or "")
+def _threat(norm: str | None, eps: float) -> str:
+    """`L∞ 0.3`, `patch 7`, `union of all threats`."""
+    name = _NORMS.get(norm or "", norm or "–")
+    return f"{name} {eps:g}" if eps else name
 
 
 def print_results(console: Console, metrics: Mapping[str, Any]) -> None:
     """The tables, the warnings above them and the summary below."""
     for warning in metrics["warnings"]:
-        console.print(f"[bold red]warning[/]: {warning}; not a robustness figure", highlight=False)
+        console.print(f"[bold red]not a robustness figure[/]: {warning}", highlight=False, soft_wrap=True)
     for table in threat_tables(metrics["rows"]):
         shown = Table(title=f"{table.title}: accuracy on {metrics['n']} test images", title_justify="left")
         for column in COLUMNS:
             shown.add_column(column, justify="left" if column == "defence" else "right", no_wrap=True)
         for line in table.lines:
-            shown.add_row(*line[:6], f"[bold]{line[6]}[/]", line[7])
+            masked = line[6].endswith(MASKED)
+            shown.add_row(*line[:6], line[6] if masked else f"[bold]{line[6]}[/]", line[7])
         console.print(shown)
     for sentence in summary(metrics["rows"]):
         console.print(sentence, highlight=False, soft_wrap=True)
@@ -116,28 +134,89 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
 
 def markdown_results(metrics: Mapping[str, Any]) -> str:
     """Warnings, the tables by threat, and the summary, as Markdown."""
-    parts = [f"> **Warning:** {w}; not a robustness figure.\n\n" for w in metrics["warnings"]]
+    parts = [f"> **Not a robustness figure:** {w}.\n\n" for w in metrics["warnings"]]
     for table in threat_tables(metrics["rows"]):
         parts.append(f"**{table.title}**, {metrics['n']} test images\n\n")
-        lines = [[*line[:6], f"**{line[6]}**", line[7]] for line in table.lines]
+        lines = [
+            [*line[:6], line[6] if line[6].endswith(MASKED) else f"**{line[6]}**", line[7]]
+            for line in table.lines
+        ]
         parts.append(markdown_table(COLUMNS, lines) + "\n")
     parts += [f"- {sentence}\n" for sentence in summary(metrics["rows"])]
     return "".join(parts)
 
 
 def markdown_rows(rows: Rows) -> str:
-    """Every row of the evaluation."""
-    header = ("defence", "attack", "view", "threat", "n", "accuracy", "95 % interval")
+    """Every row of the evaluation; costs are passes for each of the n images, on average."""
+    header = (
+        "defence",
+        "attack",
+        "view",
+        "threat",
+        "accuracy",
+        "95 % interval",
+        "forward",
+        "backward",
+        "generator",
+    )
     lines = [
         (
             r["defence"],
             r["attack"],
             r["view"] or "–",
-            f"{_norm(r['norm'])} {r['eps']:g}" if r["norm"] else "–",
-            str(r["n"]),
+            _threat(r["norm"], r["eps"]),
             percent(r["robust_accuracy"]),
             f"{percent(r['ci_low'])} – {percent(r['ci_high'])}",
+            *(f"{r[cost] / max(r['n'], 1):.1f}" for cost in ("forward", "backward", "generator")),
         )
         for r in rows
     ]
     return markdown_table(header, lines)
+
+
+def markdown_transfers(transfers: Rows) -> str:
+    """Who fools whom: a table a threat, sources down and targets across."""
+    parts = []
+    for norm, eps in dict.fromkeys((t["norm"], t["eps"]) for t in transfers):
+        cells = {
+            (t["source"], t["target"]): t["fooled"] for t in transfers if (t["norm"], t["eps"]) == (norm, eps)
+        }
+        names = list(dict.fromkeys(name for pair in cells for name in pair))
+        lines = [
+            [source, *(percent(cells[source, name]) if (source, name) in cells else "–" for name in names)]
+            for source in names
+        ]
+        parts.append(
+            f"**{_threat(norm, eps)}**\n\n" + markdown_table(("broken ↓ fools →", *names), lines) + "\n"
+        )
+    return "".join(parts)
+
+
+def markdown_detection(detection: Rows) -> str:
+    """Areas under the residual's curve: defences down, threats across."""
+    threats = list(dict.fromkeys((d["norm"], d["eps"]) for d in detection))
+    areas = {(d["defence"], d["norm"], d["eps"]): f"{d['auc']:.2f}" for d in detection}
+    lines = [
+        [defence, *(areas.get((defence, *threat), "–") for threat in threats)]
+        for defence in dict.fromkeys(d["defence"] for d in detection)
+    ]
+    return markdown_table(("defence", *(_threat(*threat) for threat in threats)), lines)
+
+
+def markdown_checks(checks: Rows) -> str:
+    """Every check of every defence, by its figure; a failed one in bold."""
+    names = list(dict.fromkeys(c["name"] for c in checks))
+    by_key = {(c["defence"], c["name"]): c for c in checks}
+    lines = []
+    for defence in dict.fromkeys(c["defence"] for c in checks):
+        found = [by_key.get((defence, name)) for name in names]
+        lines.append(
+            [
+                defence,
+                *(
+                    "–" if c is None else f"{c['figure']:.2g}" if c["passed"] else f"**{c['figure']:.2g}**"
+                    for c in found
+                ),
+            ]
+        )
+    return markdown_table(("defence", *names), lines)

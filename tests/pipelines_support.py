@@ -20,9 +20,11 @@ SMALL = (
     "projection.steps=3",
     "evaluate.images=20",
     "evaluate.batch_size=7",
+    "evaluate.checks=4",
+    'evaluate.baselines=["binarise","noise","encoder"]',
     'evaluate.attacks=[{name="noise",steps=2},{name="fgsm"},{name="pgd",steps=3,loss="both",restarts=2,'
     'views=["unaware","start","identity","tangent","exact"]},'
-    '{name="cw",steps=3,restarts=1}]',
+    '{name="cw",steps=3,restarts=1,views=["exact"]},{name="square",steps=5}]',
 )
 
 

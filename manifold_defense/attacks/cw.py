@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from manifold_defense.attacks.norms import geometry
-from manifold_defense.attacks.objective import evaluation_mode, fooled, margins
+from manifold_defense.attacks.objective import evaluation_mode, fooled, input_gradient, margins
 from manifold_defense.types import Classifier, Norm
 
 _OFFSET = 1e-2
@@ -71,7 +71,7 @@ def cw(
                     margin = margins(logits, label, targeted)
                     distance = (tried - clean).square().flatten(1).sum(1)
                     total = distance + weight[active] * (confidence - margin).clamp(min=0)
-                    (gradient,) = torch.autograd.grad(total.sum(), at)
+                    gradient = input_gradient(total, at)
                 tried, margin, logits = tried.detach(), margin.detach().to(x.dtype), logits.detach()
                 wrong = fooled(logits, label, targeted)
                 hit = wrong & (margin >= confidence)

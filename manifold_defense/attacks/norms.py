@@ -1,6 +1,6 @@
-"""The geometry of a threat: what an attack needs to know of a norm, in three small functions.
+"""The geometry of a threat: what an attack needs to know of a norm, in a few small functions.
 
-Perturbations δ are (N, C, H, W); eps and step are in pixel units.
+Perturbations δ are (N, C, H, W); eps is in pixel units. `bounds` is the box of all pixels.
 """
 
 from __future__ import annotations
@@ -11,12 +11,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Bounds = tuple[float, float]
+
+# The largest entries of a gradient, as a share of all, along which an attack steps in L1.
+_SHARE = 0.05
+
 
 class Geometry(NamedTuple):
     size: Callable[[Tensor], Tensor]  # ‖δ‖ of each image, (N,)
     steepest: Callable[[Tensor], Tensor]  # the δ with ‖δ‖ = 1 that gains most along a gradient
     project: Callable[[Tensor, float], Tensor]  # the nearest δ with ‖δ‖ ≤ eps
     sample: Callable[[Tensor, float, torch.Generator], Tensor]  # δ uniform in the ball of radius eps
+    # (gradient, at, bounds): a step of length 1 that is worth taking from the images `at` in the box
+    climb: Callable[[Tensor, Tensor, Bounds], Tensor]
+    # (clean, moved, eps, bounds): an image in the box and in the ball around `clean`, near `moved`
+    place: Callable[[Tensor, Tensor, float, Bounds], Tensor]
 
 
 def _l2(delta: Tensor) -> Tensor:
@@ -24,29 +33,100 @@ def _l2(delta: Tensor) -> Tensor:
     return size
 
 
-def _column(values: Tensor, like: Tensor) -> Tensor:
+def column(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
 def _l2_steepest(gradient: Tensor) -> Tensor:
     # Scaled first: the gradient of a confident model is tiny, and no less a direction. Zero stays zero.
     largest = gradient.flatten(1).abs().amax(1) if gradient.numel() else gradient.new_ones(len(gradient))
-    scaled = gradient / _column(torch.where(largest > 0, largest, 1.0), gradient)
-    return scaled / _column(_l2(scaled).clamp(min=1e-12), gradient)
+    scaled = gradient / column(torch.where(largest > 0, largest, 1.0), gradient)
+    return scaled / column(_l2(scaled).clamp(min=1e-12), gradient)
 
 
 def _l2_project(delta: Tensor, eps: float) -> Tensor:
     # A hair inside the ball, so that rounding never leaves it.
     scale = eps * (1 - 1e-6) / _l2(delta).clamp(min=1e-12)
-    return delta * _column(scale.clamp(max=1.0), delta)
+    return delta * column(scale.clamp(max=1.0), delta)
 
 
 def _l2_sample(like: Tensor, eps: float, rng: torch.Generator) -> Tensor:
     direction = torch.randn(like.shape, generator=rng).to(like)
     radius = torch.rand(len(like), generator=rng).to(like) ** (1 / max(like.shape[1:].numel(), 1))
-    return _l2_project(direction / _column(_l2(direction).clamp(min=1e-12), like) * eps, eps) * _column(
+    return _l2_project(direction / column(_l2(direction).clamp(min=1e-12), like) * eps, eps) * column(
         radius, like
     )
+
+
+def _l1(delta: Tensor) -> Tensor:
+    return delta.flatten(1).abs().sum(1)
+
+
+def _l1_steepest(gradient: Tensor) -> Tensor:
+    flat = gradient.flatten(1)
+    if flat.numel() == 0:
+        return gradient
+    largest = flat.abs().argmax(1, keepdim=True)
+    return torch.zeros_like(flat).scatter(1, largest, flat.gather(1, largest).sign()).view_as(gradient)
+
+
+def _l1_project(delta: Tensor, eps: float) -> Tensor:
+    """Soft threshold at the λ for which `Σ max(|δᵢ| − λ, 0) = eps` (Duchi et al. 2008, figure 1)."""
+    flat = delta.flatten(1)
+    if flat.numel() == 0:
+        return delta
+    sorted_sizes = flat.abs().sort(dim=1, descending=True).values
+    excess = sorted_sizes.cumsum(1) - eps
+    ranks = torch.arange(1, flat.shape[1] + 1, dtype=flat.dtype, device=flat.device)
+    kept = (sorted_sizes * ranks > excess).sum(1, keepdim=True).clamp(min=1)
+    threshold = excess.gather(1, kept - 1) / kept
+    # The sum of what is left is eps up to rounding: a hair inside, so that rounding never leaves the ball.
+    inside = flat.sign() * (flat.abs() - threshold).clamp(min=0)
+    inside = inside * (eps * (1 - 1e-6) / _l1(inside).clamp(min=1e-12)).clamp(max=1.0).unsqueeze(1)
+    return torch.where(excess[:, -1:] > 0, inside, flat).view_as(delta)
+
+
+def _l1_sample(like: Tensor, eps: float, rng: torch.Generator) -> Tensor:
+    """Of P + 1 exponential variables that sum to 1, P are uniform under the simplex; signs are fair."""
+    n, pixels = len(like), like.shape[1:].numel()
+    lengths = -torch.log1p(-torch.rand((n, pixels + 1), generator=rng).to(like)).clamp(max=-1e-12)
+    signs = torch.randint(0, 2, (n, pixels), generator=rng).to(like) * 2 - 1
+    share = lengths[:, :pixels] / lengths.sum(1, keepdim=True)
+    return (eps * (1 - 1e-6) * signs * share).view_as(like)
+
+
+def free(gradient: Tensor, at: Tensor, bounds: Bounds) -> Tensor:
+    """The gradient without the pixels that sit at a bound and would leave the box."""
+    low, high = bounds
+    blocked = ((at <= low) & (gradient < 0)) | ((at >= high) & (gradient > 0))
+    return gradient.masked_fill(blocked, 0)
+
+
+def sparse_sign(gradient: Tensor, share: Tensor) -> Tensor:
+    """Signs of the largest entries, a `share` (N,) of all, of length 1 in L1 (Tramèr & Boneh 2019, SLIDE).
+
+    The one-coordinate step that is steepest in L1 would take as many steps as pixels are to change.
+    """
+    flat = gradient.flatten(1)
+    if flat.numel() == 0:
+        return gradient
+    count = (share * flat.shape[1]).long().clamp(1, flat.shape[1])
+    least = flat.abs().sort(dim=1, descending=True).values.gather(1, count.unsqueeze(1) - 1)
+    signs = torch.where(flat.abs() >= least, flat.sign(), 0)
+    return (signs / signs.abs().sum(1, keepdim=True).clamp(min=1)).view_as(gradient)
+
+
+def _l1_climb(gradient: Tensor, at: Tensor, bounds: Bounds) -> Tensor:
+    return sparse_sign(free(gradient, at, bounds), at.new_full((len(at),), _SHARE))
+
+
+def _box_then_ball(project: Callable[[Tensor, float], Tensor]) -> Callable[..., Tensor]:
+    """Placing in the box first: a projection that only shrinks δ cannot leave it, and spends all of eps."""
+
+    def place(clean: Tensor, moved: Tensor, eps: float, bounds: Bounds) -> Tensor:
+        return (clean + project(moved.clamp(*bounds) - clean, eps)).clamp(*bounds)
+
+    return place
 
 
 GEOMETRIES = {
@@ -55,12 +135,24 @@ GEOMETRIES = {
         steepest=torch.sign,
         project=lambda delta, eps: delta.clamp(-eps, eps),
         sample=lambda like, eps, rng: eps * (2 * torch.rand(like.shape, generator=rng).to(like) - 1),
+        climb=lambda gradient, at, bounds: gradient.sign(),
+        place=lambda clean, moved, eps, bounds: (clean + (moved - clean).clamp(-eps, eps)).clamp(*bounds),
     ),
     "l2": Geometry(
         size=_l2,
         steepest=_l2_steepest,
         project=_l2_project,
         sample=_l2_sample,
+        climb=lambda gradient, at, bounds: _l2_steepest(free(gradient, at, bounds)),
+        place=_box_then_ball(_l2_project),
+    ),
+    "l1": Geometry(
+        size=_l1,
+        steepest=_l1_steepest,
+        project=_l1_project,
+        sample=_l1_sample,
+        climb=_l1_climb,
+        place=_box_then_ball(_l1_project),
     ),
 }
 

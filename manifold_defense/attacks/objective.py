@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manifold_defense.types import Classifier
+
+Objective = Callable[[Tensor], Tensor]  # logits (N, K) to what is raised, (N,)
 
 
 @contextmanager
@@ -50,25 +52,62 @@ def margins(logits: Tensor, y: Tensor, targeted: bool) -> Tensor:
 
 
 def attack_loss(logits: Tensor, y: Tensor, loss: str, targeted: bool) -> Tensor:
-    """What the attacker raises, (N,): cross-entropy (`ce`) or the margin (`margin`).
+    """What the attacker raises, (N,): cross-entropy (`ce`), the margin (`margin`), or its ratio (`dlr`).
 
-    Cross-entropy vanishes in float32 where logits are large; the margin does not.
+    Cross-entropy vanishes in float32 where logits are large; the margin does not. The difference of
+    logits ratio `(max_{i≠y} Z_i − Z_y) / (Z_π1 − Z_π3)` does not change with their scale either
+    (Croce & Hein 2020, eq. 6); with two classes, which have no third, it is the margin.
     """
     if loss == "margin":
         return margins(logits, y, targeted)
+    if loss == "dlr":
+        return margins(logits, y, targeted) / _spread(logits, 3)
     if loss != "ce":
-        raise ValueError(f"loss: expected ce or margin, got {loss!r}")
+        raise ValueError(f"loss: expected ce, margin or dlr, got {loss!r}")
     value = F.cross_entropy(logits, y, reduction="none")
     return -value if targeted else value
 
 
+def towards(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """`(Z_t − Z_y) / (Z_π1 − (Z_π3 + Z_π4) / 2)`, (N,): the targeted ratio (Croce & Hein 2020, eq. 7).
+
+    It leads from y (N,) to the class t (N,). With three classes the third stands for both.
+    """
+    pair = logits.gather(1, torch.stack([y, target], 1))
+    return (pair[:, 1] - pair[:, 0]) / _spread(logits, 4)
+
+
+def _spread(logits: Tensor, rank: int) -> Tensor:
+    """From the largest logit to the third, or half-way to the fourth, (N,); 1 if there are but two."""
+    top = logits.topk(min(rank, logits.shape[1]), dim=1).values
+    if top.shape[1] < 3:
+        return torch.ones_like(top[:, 0])
+    return (top[:, 0] - (top[:, 2] + top[:, -1]) / 2).clamp(min=1e-12)
+
+
+def clearly(margin: Tensor, logits: Tensor) -> Tensor:
+    """Whether a margin (N,) of logits (N, K) is beyond what another batch's rounding can undo, (N,)."""
+    return margin > 1e-4 * logits.abs().amax(1)
+
+
+def input_gradient(value: Tensor, x: Tensor, *, retain_graph: bool = False) -> Tensor:
+    """`∂ Σ value / ∂x`; zero where no graph leads from x to it: a model that hides its gradient."""
+    if not value.requires_grad:
+        return torch.zeros_like(x)
+    (gradient,) = torch.autograd.grad(value.sum(), x, retain_graph=retain_graph, allow_unused=True)
+    return torch.zeros_like(x) if gradient is None else gradient
+
+
 def logits_and_gradient(
-    model: Classifier, x: Tensor, y: Tensor, loss: str, targeted: bool
+    model: Classifier, x: Tensor, y: Tensor, loss: str | Objective, targeted: bool
 ) -> tuple[Tensor, Tensor]:
-    """Logits (N, K) and the gradient of the loss in x (N, C, H, W), leaving no trace on the model."""
+    """Logits (N, K) and the gradient of the loss in x (N, C, H, W), leaving no trace on the model.
+
+    The gradient is zero where the model hides it.
+    """
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
         logits = model(x)
-        value = attack_loss(logits, y, loss, targeted)
-        (gradient,) = torch.autograd.grad(value.sum(), x)
+        value = attack_loss(logits, y, loss, targeted) if isinstance(loss, str) else loss(logits)
+        gradient = input_gradient(value, x)
     return logits.detach(), gradient

@@ -6,11 +6,8 @@ import torch
 from torch import Tensor
 
 from manifold_defense.attacks.norms import geometry
-from manifold_defense.attacks.objective import evaluation_mode, logits_and_gradient, margins
+from manifold_defense.attacks.objective import clearly, evaluation_mode, logits_and_gradient, margins
 from manifold_defense.types import Classifier, Norm
-
-# A margin, as a share of the largest logit, that rounding does not undo.
-_CLEAR = 1e-4
 
 
 def pgd(
@@ -52,7 +49,7 @@ def pgd(
         with torch.no_grad():
             logits = model(x)
         best_margin = margins(logits, y, targeted)
-        found = _clearly(best_margin, logits)
+        found = clearly(best_margin, logits)
         for restart in range(restarts):
             start = shape.sample(x, eps, rng) if random_start else torch.zeros_like(x)
             current = (x + shape.project(start, eps)).clamp(*bounds)
@@ -72,19 +69,14 @@ def pgd(
                 best[active[better]], best_margin[active[better]] = at[better], margin[better]
                 if step < steps:
                     # Where the gradient is not finite there is no direction; the next restart may differ.
-                    direction = shape.steepest(gradient.nan_to_num(0, 0, 0))
+                    direction = shape.climb(gradient.nan_to_num(0, 0, 0), at, bounds)
                     moved = at + step_size * (1 - step / steps) * direction
-                    current[active] = (clean + shape.project(moved - clean, eps)).clamp(*bounds)
+                    current[active] = shape.place(clean, moved, eps, bounds)
                 if stop_early:
                     # Just over the boundary, another batch's rounding could bring the image back.
-                    found[active] |= _clearly(margin, logits)
+                    found[active] |= clearly(margin, logits)
                     active = active[~found[active]]
     return best
-
-
-def _clearly(margin: Tensor, logits: Tensor) -> Tensor:
-    """Whether a margin (N,) of logits (N, K) is beyond rounding, (N,)."""
-    return margin > _CLEAR * logits.abs().amax(1)
 
 
 def fgsm(
@@ -94,14 +86,26 @@ def fgsm(
     *,
     norm: Norm = "linf",
     eps: float = 0.3,
+    random_step: float = 0.0,
     loss: str = "ce",
     targeted: bool = False,
+    seed: int = 0,
 ) -> Tensor:
-    """One step of length eps along the steepest direction of `norm` (Goodfellow et al. 2015).
+    """One step of length eps along the steepest direction of `norm` inside [0, 1] (Goodfellow et al. 2015).
 
-    An image that the step does not fool is returned as it was moved: the figure of a one-step attack.
+    With `random_step`, a share of eps, a step in a random direction comes first, and the gradient's has
+    what is left of eps (RAND+FGSM, Tramèr et al. 2018). An image that the step does not fool is
+    returned as it was moved: the figure of a one-step attack.
     """
-    with evaluation_mode(model):
-        _, gradient = logits_and_gradient(model, x, y, loss, targeted)
+    if not 0 <= random_step <= 1:
+        raise ValueError(f"random_step: expected in [0, 1], got {random_step}")
     shape = geometry(norm)
-    return (x + shape.project(eps * shape.steepest(gradient), eps)).clamp(0, 1).detach()
+    x = x.detach()
+    start = x
+    if random_step:
+        draw = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
+        start = (x + shape.project(random_step * eps * shape.steepest(draw), random_step * eps)).clamp(0, 1)
+    with evaluation_mode(model):
+        _, gradient = logits_and_gradient(model, start, y, loss, targeted)
+    moved = start + (1 - random_step) * eps * shape.steepest(gradient.nan_to_num(0, 0, 0))
+    return (x + shape.project(moved - x, eps)).clamp(0, 1)

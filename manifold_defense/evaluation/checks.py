@@ -1,78 +1,292 @@
 """Signs that a robustness figure is an artefact of masked gradients, not a defence.
 
-Each check returns one line for every finding, and nothing when all is well (Carlini et al. 2019;
-Athalye, Carlini & Wagner 2018, section 3.1).
+Each check is a small function of a defence, a threat and a few images, with a figure and a verdict
+(Athalye, Carlini & Wagner 2018, section 3.1; Carlini et al. 2019; Croce et al. 2022). What a check
+measures is its own: it does not depend on which attacks an evaluation runs. A failed one says that
+the defence's figures are no robustness figures; passing all proves nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from manifold_defense.attacks.objective import evaluation_mode, logits_and_gradient
-from manifold_defense.evaluation.evaluate import Row
-from manifold_defense.types import Classifier
+from manifold_defense.attacks import fgsm, geometry, noise, pgd, square
+from manifold_defense.attacks.objective import correct, evaluation_mode, logits_and_gradient, margins
+from manifold_defense.evaluation.suite import Defence
+from manifold_defense.types import Classifier, Threat
 
-# Weak to strong; a stronger attack may not leave more images robust, beyond one in a hundred.
-_ORDER, _TOLERANCE = ("noise", "fgsm", "pgd"), 0.01
-
-
-def order(rows: Sequence[Row]) -> list[str]:
-    """`noise ≥ fgsm ≥ pgd` in robust accuracy, each attack at its strongest view."""
-    strongest: dict[tuple[str, str | None, float], dict[str, float]] = {}
-    for r in rows:
-        attack = r.attack.removesuffix("-margin")
-        if attack in _ORDER:
-            cell = strongest.setdefault((r.defence, r.norm, r.eps), {})
-            cell[attack] = min(cell.get(attack, 1.0), r.robust_accuracy)
-    findings = []
-    for (defence, norm, eps), cell in strongest.items():
-        present = [name for name in _ORDER if name in cell]
-        for weak, strong in pairwise(present):
-            if cell[strong] > cell[weak] + _TOLERANCE:
-                findings.append(
-                    f"{defence}, {norm} {eps:g}: {strong} leaves {cell[strong]:.1%} robust, "
-                    f"more than the weaker {weak} with {cell[weak]:.1%}"
-                )
-    return findings
+# By how much two shares of a few dozen images may differ by chance.
+_TOLERANCE = 0.05
 
 
-def views(rows: Sequence[Row]) -> list[str]:
-    """What the views of a filtered defence give away.
+@dataclass(frozen=True)
+class Check:
+    """What one check found: `figure` is what `words` speak of, the verdict is `passed`."""
 
-    The exact gradient must be among the attacked views, and PGD through it must not be weaker than
-    PGD that approximates or ignores the filter: then it is stuck, and the filter only looks strong.
+    defence: str
+    name: str
+    figure: float
+    passed: bool
+    words: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.defence}: {self.words}"
+
+
+@dataclass
+class Subject:
+    """A defence under examination: images (N, C, H, W), labels (N,), an L∞ or L2 threat.
+
+    Results of attacks are kept, since several checks compare the same ones.
     """
-    findings = []
-    filtered = {r.defence for r in rows if r.view not in (None, "exact", "all")}
-    for defence in sorted(filtered):
-        own = [r for r in rows if r.defence == defence]
-        for norm, eps in dict.fromkeys((r.norm, r.eps) for r in own if r.norm):
-            pgd = {
-                r.view: r.robust_accuracy for r in own if (r.norm, r.eps) == (norm, eps) and r.attack == "pgd"
-            }
-            if "exact" not in pgd:
-                findings.append(f"{defence}, {norm} {eps:g}: no PGD through the exact gradient of the filter")
-            elif pgd["exact"] > min(pgd.values()) + _TOLERANCE:
-                findings.append(
-                    f"{defence}, {norm} {eps:g}: PGD through the exact gradient leaves {pgd['exact']:.1%} "
-                    f"robust, a weaker view {min(pgd.values()):.1%}"
+
+    defence: Defence
+    threat: Threat
+    x: Tensor
+    y: Tensor
+    steps: int = 20
+    seed: int = 0
+    _kept: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def exact(self) -> Classifier:
+        """What the strongest attack differentiates: the exact view, or the last that there is."""
+        return self.defence.attacked[list(self.defence.attacked)[-1]]
+
+    def adversarial(self, attack: str = "pgd", view: str | None = None, scale: float = 1.0) -> Tensor:
+        """Images after noise, fgsm, square or pgd, on the margin, at `scale` times eps."""
+        key = (attack, view, scale)
+        if key not in self._kept:
+            norm, eps = self.threat.norm, self.threat.eps * scale
+            model = self.exact if view is None else self.defence.attacked[view]
+            deployed = self.defence.model
+            if attack == "noise":
+                made = noise(deployed, self.x, self.y, norm=norm, eps=eps, seed=self.seed)
+            elif attack == "square":
+                made = square(deployed, self.x, self.y, norm=norm, eps=eps, steps=300, seed=self.seed)
+            elif attack == "fgsm":
+                made = fgsm(model, self.x, self.y, norm=norm, eps=eps, loss="margin")
+            else:
+                made = pgd(
+                    model,
+                    self.x,
+                    self.y,
+                    norm=norm,
+                    eps=eps,
+                    steps=self.steps,
+                    loss="margin",
+                    stop_early=view != "unaware",
+                    seed=self.seed,
                 )
-    return findings
+            self._kept[key] = made
+        return self._kept[key]
+
+    def robust(self, x_adv: Tensor) -> Tensor:
+        """Which images (N,) the deployed model gets right, clean and as `x_adv`."""
+        return correct(self.logits(self.x), self.y) & correct(self.logits(x_adv), self.y)
+
+    def share(self, *attack: Any) -> float:
+        """Of the images that are robust to `adversarial(*attack)`."""
+        return float(self.robust(self.adversarial(*attack)).float().mean())
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """(N, K) of the deployed model in eval mode."""
+        with evaluation_mode(self.defence.model):
+            return self.defence.model(x)
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """Of the margin at x (N, C, H, W); zero where the model hides it."""
+        with evaluation_mode(self.exact):
+            return logits_and_gradient(self.exact, x, self.y, "margin", targeted=False)[1]
+
+    def verdict(self, name: str, figure: float, passed: bool, words: str) -> Check:
+        return Check(self.defence.name, name, figure, passed, words)
 
 
-def dead_gradients(name: str, model: Classifier, x: Tensor, y: Tensor) -> list[str]:
-    """Images (N, C, H, W) whose margin has a zero or non-finite gradient under `model`."""
-    with evaluation_mode(model):
-        try:
-            _, gradient = logits_and_gradient(model, x, y, "margin", targeted=False)
-        except RuntimeError as error:  # the graph is cut: a detached filter, or one under no_grad
-            return [f"{name}: the gradient is missing on {len(x)} of {len(x)} images ({error})"]
-    flat = gradient.flatten(1)
-    dead = (~torch.isfinite(flat).all(1)) | (flat.abs().amax(1) == 0)
-    if not dead.any():
+def gradient(s: Subject) -> Check:
+    """Is there a gradient at all?"""
+    flat = s.gradient(s.x).flatten(1)
+    dead = (~flat.isfinite().all(1)) | (flat.abs().amax(1) == 0)
+    share = float(dead.float().mean())
+    words = f"the gradient is zero or not finite on {int(dead.sum())} of {len(dead)} images"
+    return s.verdict("gradient", share, share <= _TOLERANCE, words)
+
+
+def slope(s: Subject) -> Check:
+    """Is it the gradient of what is deployed? Autograd against a central difference along it."""
+    h = 0.01
+    x = s.x.clamp(h, 1 - h)  # room for a step to either side
+    g = s.gradient(x)
+    size = geometry("l2").size(g)
+    u = geometry("l2").steepest(g.nan_to_num(0, 0, 0))
+    ends = [margins(s.logits(x + sign * h * u), s.y, targeted=False) for sign in (1, -1)]
+    ratio = (ends[0] - ends[1]) / (2 * h) / size.clamp(min=1e-12)
+    share = float(((ratio > 0.5) & (ratio < 2)).float().mean())
+    words = f"the gradient predicts the slope of the loss on {share:.0%} of the images only"
+    return s.verdict("slope", share, share >= 0.7, words)
+
+
+def stability(s: Subject) -> Check:
+    """Does the gradient point the same way a hair away? Shattered ones do not."""
+    x = s.x.clamp(0.01, 0.99)
+    rng = torch.Generator().manual_seed(s.seed)
+    nearby = x + geometry("l2").project(torch.randn(x.shape, generator=rng).to(x), 0.01)
+    a, b = (s.gradient(at).nan_to_num(0, 0, 0).flatten(1) for at in (x, nearby.clamp(0, 1)))
+    cosine = float(F.cosine_similarity(a, b).mean())
+    words = f"the gradient turns within 0.01 of an image: mean cosine {cosine:.2f}"
+    return s.verdict("stability", cosine, cosine >= 0.5, words)
+
+
+def probabilities(s: Subject) -> Check:
+    """Logits, or probabilities, whose loss saturates?"""
+    z = s.logits(s.x)
+    are = bool(((z >= 0) & (z <= 1)).all() and ((z.sum(1) - 1).abs() < 1e-3).all())
+    return s.verdict("probabilities", float(are), not are, "the model returns probabilities, not logits")
+
+
+def saturation(s: Subject) -> Check:
+    """Does the cross-entropy still have a gradient in float32?"""
+    z = s.logits(s.x).detach().float().requires_grad_(True)
+    with torch.enable_grad():
+        (g,) = torch.autograd.grad(F.cross_entropy(z, s.y, reduction="sum"), z)
+    share = float((g.abs().amax(1) == 0).float().mean())
+    words = f"the logits are so large that cross-entropy has no gradient on {share:.0%} of the images"
+    return s.verdict("saturation", share, share <= _TOLERANCE, words)
+
+
+def offset(s: Subject) -> Check:
+    """Are the logits far from zero, where float32 has no digits left for their differences?"""
+    size = float(s.logits(s.x).mean(1).abs().median())
+    words = f"the logits lie {size:.0f} away from zero: losses lose precision"
+    return s.verdict("offset", size, size <= 50, words)
+
+
+def randomness(s: Subject) -> Check:
+    """Does the same input give the same answer? If not, its gradients must be averaged."""
+    first, second = s.logits(s.x), s.logits(s.x)
+    change = float(((first - second).abs() / _spread(first)).amax()) if len(first) else 0.0
+    words = f"answers to the same image differ, by {change:.1%} of their spread: average over draws"
+    return s.verdict("randomness", change, change <= 1e-3 or s.defence.draws > 1, words)
+
+
+def batch(s: Subject) -> Check:
+    """Does an image's answer depend on the images beside it?"""
+    few = s.x[:8]
+    together = s.logits(few)
+    alone = torch.cat([s.logits(image.unsqueeze(0)) for image in few])
+    change = float(((together - alone).abs() / _spread(together)).amax()) if len(few) else 0.0
+    random = s.defence.draws > 1
+    words = f"answers depend on the rest of the batch, by {change:.1%} of their spread"
+    return s.verdict("batch", change, change <= 0.01 or random, words)
+
+
+def _spread(logits: Tensor) -> Tensor:
+    """Largest less smallest logit of each image, (N, 1)."""
+    return (logits.amax(1) - logits.amin(1)).clamp(min=1e-6).unsqueeze(1)
+
+
+def order(s: Subject) -> Check:
+    """noise ≥ FGSM ≥ PGD in the images that they leave."""
+    left = [s.share("noise"), s.share("fgsm"), s.share("pgd")]
+    excess = max(left[1] - left[0], left[2] - left[1])
+    words = f"a stronger attack leaves more: noise {left[0]:.0%}, FGSM {left[1]:.0%}, PGD {left[2]:.0%}"
+    return s.verdict("order", excess, excess <= _TOLERANCE, words)
+
+
+def views(s: Subject) -> Check:
+    """Is the exact gradient at least as strong as what stands in for it, or ignores the defence?"""
+    exact = s.share("pgd")
+    others = {view: s.share("pgd", view) for view in list(s.defence.attacked)[:-1]}
+    view, least = min(others.items(), key=lambda item: item[1], default=("", exact))
+    words = f"PGD leaves {exact:.0%} through the exact gradient, {least:.0%} through {view}"
+    return s.verdict("views", exact - least, exact - least <= _TOLERANCE, words)
+
+
+def black_box(s: Subject) -> Check:
+    """Does an attack without gradients break what PGD cannot?"""
+    missed = s.robust(s.adversarial("pgd")) & ~s.robust(s.adversarial("square"))
+    share = float(missed.float().mean())
+    words = f"an attack without gradients breaks {share:.0%} of the images that PGD cannot"
+    return s.verdict("black box", share, share <= _TOLERANCE, words)
+
+
+def path(s: Subject) -> Check:
+    """Is an image adversarial on the way to where PGD ended, but not there?"""
+    x_adv = s.adversarial("pgd")
+    alive = s.robust(x_adv)
+    broken = torch.zeros_like(alive)
+    for t in torch.linspace(0.1, 0.9, 9).tolist():
+        broken |= ~correct(s.logits(s.x + t * (x_adv - s.x)), s.y)
+    share = float((alive & broken).float().mean())
+    words = f"{share:.0%} of the images are broken on the path to where PGD ended, not at its end"
+    return s.verdict("path", share, share <= _TOLERANCE, words)
+
+
+def convergence(s: Subject) -> Check:
+    """Do more steps still break images?"""
+    longer = Subject(s.defence, s.threat, s.x, s.y, 3 * s.steps, s.seed)
+    fall = s.share("pgd") - longer.share("pgd")
+    words = f"PGD of {longer.steps} steps leaves {fall:.0%} of the images less than of {s.steps}"
+    return s.verdict("convergence", fall, fall <= 3 * _TOLERANCE, words)
+
+
+def budget(s: Subject) -> Check:
+    """Does a larger radius help the defender?"""
+    excess = s.share("pgd", None, 2.0) - s.share("pgd")
+    words = f"PGD at twice the radius leaves {excess:.0%} of the images more"
+    return s.verdict("budget", excess, excess <= _TOLERANCE, words)
+
+
+def unbounded(s: Subject) -> Check:
+    """Does an attack without bound break everything? Any image lies within L∞ 1 of any other."""
+    free = Subject(s.defence, Threat("linf", 1.0), s.x, s.y, 2 * s.steps, s.seed)
+    left = free.share("pgd")
+    words = f"PGD without bound (L∞ 1) leaves {left:.0%} of the images"
+    return s.verdict("unbounded", left, left <= 2 * _TOLERANCE, words)
+
+
+CHECKS: tuple[Callable[[Subject], Check], ...] = (
+    gradient,
+    slope,
+    stability,
+    probabilities,
+    saturation,
+    offset,
+    randomness,
+    batch,
+    order,
+    views,
+    black_box,
+    path,
+    convergence,
+    budget,
+    unbounded,
+)
+
+
+def examine(
+    defence: Defence, threat: Threat, x: Tensor, y: Tensor, *, steps: int = 20, seed: int = 0
+) -> list[Check]:
+    """All checks of one defence on images (N, C, H, W) with labels (N,), some dozens.
+
+    Where `threat` is no L∞ or L2 ball, L∞ 0.1 stands in for it. Images that the defence gets wrong
+    to begin with say nothing and are left out.
+    """
+    if threat.norm not in ("linf", "l2"):
+        threat = Threat("linf", 0.1)
+    subject = Subject(defence, threat, x, y, steps, seed)
+    right = correct(subject.logits(x), y)
+    if not right.any():
         return []
-    return [f"{name}: the gradient is zero or not finite on {int(dead.sum())} of {len(x)} images"]
+    subject = Subject(defence, threat, x[right], y[right], steps, seed)
+    return [check(subject) for check in CHECKS]

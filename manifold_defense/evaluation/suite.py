@@ -2,108 +2,265 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
-from manifold_defense.attacks import cw, fgsm, noise, pgd
+from torch import Tensor
+
+from manifold_defense import attacks
+from manifold_defense.evaluation.baselines import Preprocessed
 from manifold_defense.filter import DefendedClassifier
-from manifold_defense.types import Attack, Classifier, Threat
+from manifold_defense.rejection import RejectingClassifier
+from manifold_defense.types import Attack, Classifier, Norm, Threat
 
-ViewName = Literal["unaware", "start", "identity", "tangent", "gauss_newton", "implicit", "exact"]
-
+AttackName = Literal[
+    "noise",
+    "fgsm",
+    "mi_fgsm",
+    "pgd",
+    "apgd",
+    "cw",
+    "ddn",
+    "fmn",
+    "deepfool",
+    "jsma",
+    "pgd_l0",
+    "patch",
+    "feature_matching",
+    "range",
+    "detector_aware",
+    "square",
+    "sparse_rs",
+    "hop_skip_jump",
+    "corruption",
+]
+ViewName = Literal[
+    "unaware",
+    "start",
+    "identity",
+    "soft",
+    "sharp",
+    "tangent",
+    "gauss_newton",
+    "implicit",
+    "exact",
+    "deployed",
+]
+# In which order they are met: from what knows nothing of the defence to what knows all of it.
+ORDER: tuple[ViewName, ...] = get_args(ViewName)
+NO_GRADIENT: ViewName = "deployed"  # for an attack that asks the deployed model for its answers alone
 
 # How far past the boundary, in logits, a C&W image is pushed that is to fool another model.
 _TRANSFER_MARGIN = 10.0
+
+
+class Spec(NamedTuple):
+    """What the suite must know of an attack."""
+
+    function: Callable[..., Tensor]
+    norms: tuple[Norm, ...]
+    steps: str | None = "steps"  # the parameter that `AttackConfig.steps` sets
+    restarts: str | None = None  # and `AttackConfig.restarts`
+    losses: tuple[str, ...] = ()  # that it takes, the default first
+    gradient: bool = True
+    seeded: bool = True
+    stops_early: bool = False
+    # More parameters, for attacks that know what stands behind a view, and the kinds of model that have it.
+    knows: Callable[[Any], dict[str, Any]] | None = None
+    kinds: tuple[type, ...] = (DefendedClassifier, RejectingClassifier)
+
+
+_Filtered = DefendedClassifier | RejectingClassifier
+
+
+def _features(defended: _Filtered) -> dict[str, Any]:
+    return {"features": defended.filter}
+
+
+def _residual(defended: RejectingClassifier) -> dict[str, Any]:
+    return {"residual": defended.residual, "threshold": defended.threshold}
+
+
+def _range(defended: _Filtered) -> dict[str, Any]:
+    return {
+        "generator": defended.filter.generator,
+        "surrogate": defended.classifier,
+        "start": lambda x: defended.filter.project(x).z,
+    }
+
+
+def _range_attack(
+    model: Classifier, x: Tensor, y: Tensor, *, start: Callable[[Tensor], Tensor], **rest: Any
+) -> Tensor:
+    """The range attack from where the filter itself takes the images."""
+    return attacks.range_attack(model, x, y, z=start(x), **rest)
+
+
+_BALLS: tuple[Norm, ...] = ("linf", "l2", "l1")
+_BOTH: tuple[Norm, ...] = ("linf", "l2")
+_LOSSES = ("ce", "margin", "dlr")
+SPECS: dict[str, Spec] = {
+    "noise": Spec(attacks.noise, _BOTH, "draws", gradient=False),
+    "fgsm": Spec(attacks.fgsm, _BALLS, None, losses=_LOSSES),
+    "mi_fgsm": Spec(attacks.mi_fgsm, _BOTH, losses=_LOSSES, stops_early=True),
+    "pgd": Spec(attacks.pgd, _BALLS, restarts="restarts", losses=(*_LOSSES, "both"), stops_early=True),
+    "apgd": Spec(attacks.apgd, _BALLS, restarts="restarts", losses=_LOSSES, stops_early=True),
+    "cw": Spec(attacks.cw, ("l2",), restarts="searches", stops_early=True),
+    "ddn": Spec(attacks.ddn, ("l2",)),
+    "fmn": Spec(attacks.fmn, (*_BALLS, "l0")),
+    "deepfool": Spec(attacks.deepfool, _BOTH),
+    "jsma": Spec(attacks.jsma, ("l0",), None),
+    "pgd_l0": Spec(attacks.pgd_l0, ("l0",), restarts="restarts", losses=("ce", "margin"), stops_early=True),
+    "patch": Spec(attacks.patch, ("patch",), restarts="restarts", losses=("ce", "margin"), stops_early=True),
+    "feature_matching": Spec(
+        attacks.feature_matching, _BOTH, restarts="restarts", stops_early=True, knows=_features
+    ),
+    "range": Spec(_range_attack, _BALLS, restarts="restarts", stops_early=True, knows=_range),
+    "detector_aware": Spec(
+        attacks.detector_aware,
+        _BOTH,
+        restarts="restarts",
+        stops_early=True,
+        knows=_residual,
+        kinds=(RejectingClassifier,),
+    ),
+    "square": Spec(attacks.square, _BOTH, restarts="restarts", gradient=False, stops_early=True),
+    "sparse_rs": Spec(attacks.sparse_rs, ("l0",), restarts="restarts", gradient=False, stops_early=True),
+    "hop_skip_jump": Spec(
+        attacks.hop_skip_jump, _BOTH, "queries", "restarts", gradient=False, stops_early=True
+    ),
+    "corruption": Spec(attacks.corruption, ("corruption",), "draws", gradient=False, stops_early=True),
+}
 
 
 @dataclass(frozen=True)
 class AttackConfig:
     """One attack of the suite and its strength.
 
-    steps      of pgd and cw; for noise the number of draws
-    restarts   of pgd; for cw the searches on its constant
-    loss       that fgsm and pgd climb: ce, margin, or both (pgd: by turns, a restart each)
+    steps      gradient passes; for noise and corruption the draws, for square and hop_skip_jump
+               the queries of the model
+    restarts   of those that have some; for cw the searches on its constant
+    loss       that is climbed: ce, margin, dlr, or (pgd) both, which is ce and margin by turns, a
+               restart each
+    targets    of apgd: how many of the most likely wrong classes are aimed at, each in a run of its
+               own (0: none, the attack is untargeted)
     views      in which a filter is attacked: through a gradient of its own (see `ManifoldFilter`;
                those that it does not have are passed over), or not at all (unaware: the bare
-               classifier is attacked). A bare classifier has but its own gradient, and meets the
-               attack once whatever stands here.
+               classifier is attacked). None named: all that it has. A bare classifier has but its
+               own gradient, and meets the attack once whatever stands here, as does every defence
+               an attack without gradients.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
 
-    name: Literal["noise", "fgsm", "pgd", "cw"] = "pgd"
+    name: AttackName = "pgd"
     steps: int = 40
     restarts: int = 1
-    loss: Literal["ce", "margin", "both"] = "ce"
-    views: tuple[ViewName, ...] = ("unaware", "identity", "exact")
+    loss: Literal["", "ce", "margin", "dlr", "both"] = ""
+    targets: int = 0
+    views: tuple[ViewName, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.name not in ("noise", "fgsm", "pgd", "cw"):
-            raise ValueError(f"name: expected noise, fgsm, pgd or cw, got {self.name!r}")
-        for name in ("steps", "restarts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        losses = {"pgd": ("ce", "margin", "both"), "fgsm": ("ce", "margin")}.get(self.name, ("ce",))
-        if self.loss not in losses:
-            raise ValueError(f"loss of {self.name}: expected one of {', '.join(losses)}, got {self.loss!r}")
-        known = get_args(ViewName)
-        if not self.views or not set(self.views) <= set(known):
-            raise ValueError(f"views: expected some of {', '.join(known)}, got {list(self.views)}")
+        if self.name not in SPECS:
+            raise ValueError(f"name: expected one of {', '.join(SPECS)}, got {self.name!r}")
+        for name, least in (("steps", 1), ("restarts", 1), ("targets", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        losses = SPECS[self.name].losses
+        if self.loss and self.loss not in losses:
+            known = f"one of {', '.join(losses)}" if losses else "none"
+            raise ValueError(f"loss of {self.name}: expected {known}, got {self.loss!r}")
+        if self.targets and self.name != "apgd":
+            raise ValueError(
+                f"targets of {self.name}: expected 0, for apgd alone has some, got {self.targets}"
+            )
+        if not set(self.views) <= set(ORDER):
+            raise ValueError(f"views: expected some of {', '.join(ORDER)}, got {list(self.views)}")
 
     @property
     def label(self) -> str:
-        """How rows name this attack: `pgd`, or `pgd-margin` for the other loss."""
-        return f"{self.name}-margin" if self.loss == "margin" else self.name
+        """How rows name this attack: `pgd`, `pgd-margin` for another loss, `apgd-t` with targets."""
+        spec = SPECS[self.name]
+        loss = f"-{self.loss}" if self.loss not in ("", "both", *spec.losses[:1]) else ""
+        return f"{self.name}{loss}{'-t' if self.targets else ''}"
+
+    @property
+    def needs_gradient(self) -> bool:
+        return SPECS[self.name].gradient
 
     def applies_to(self, threat: Threat) -> bool:
-        return self.name != "cw" or threat.norm == "l2"
+        return threat.norm in SPECS[self.name].norms
 
-    def bind(self, threat: Threat, *, seed: int, transfer: bool) -> Attack:
-        """The attack within `threat`; a `transfer` attack presses on after its own model is fooled."""
-        norm, eps = threat.norm, threat.eps
-        if self.name == "noise":
-            return partial(noise, norm=norm, eps=eps, draws=self.steps, seed=seed)
-        if self.name == "fgsm":
-            return partial(fgsm, norm=norm, eps=eps, loss=self.loss)
-        if self.name == "cw":
-            bound = partial(cw, norm=norm, eps=eps, steps=self.steps, searches=self.restarts)
-            return partial(bound, stop_early=False, confidence=_TRANSFER_MARGIN) if transfer else bound
-        return partial(
-            pgd,
-            norm=norm,
-            eps=eps,
-            steps=self.steps,
-            restarts=self.restarts,
-            loss=self.loss,
-            stop_early=not transfer,
-            seed=seed,
-        )
+    def bind(self, threat: Threat, *, seed: int, transfer: bool, model: Classifier | None = None) -> Attack:
+        """The attack within `threat`; a `transfer` attack presses on after its own model is fooled.
+
+        `model` is the attacked view, for attacks that look behind it.
+        """
+        spec = SPECS[self.name]
+        found: dict[str, Any] = {"norm": threat.norm, "eps": threat.eps}
+        if spec.steps:
+            found[spec.steps] = self.steps
+        if spec.restarts:
+            found[spec.restarts] = self.restarts
+        if self.loss:
+            found["loss"] = self.loss
+        if self.targets:
+            found["target_classes"] = self.targets
+        if spec.seeded:
+            found["seed"] = seed
+        if spec.stops_early:
+            found["stop_early"] = not transfer
+        if self.name == "cw" and transfer:
+            found["confidence"] = _TRANSFER_MARGIN
+        if spec.knows and isinstance(model, spec.kinds):
+            found |= spec.knows(model)
+        return partial(spec.function, **found)
 
 
 @dataclass(frozen=True)
 class Defence:
-    """A model whose predictions count, and the models that an attacker may differentiate instead."""
+    """A model whose predictions count, and the models that an attacker may differentiate instead.
+
+    trained   the threats that it was trained for: a figure for another one is of an unseen threat
+    draws     of a randomised model: how often each image is judged, on fresh draws; an image counts
+              by the share of them that are right
+    predict   labels (N,) of the deployed model if they are not those of its logits: −1 for an image
+              that it refuses, which counts as right if the image was attacked
+    """
 
     name: str
     model: Classifier
     attacked: Mapping[str, Classifier]  # view -> model handed to the attack
+    trained: tuple[Threat, ...] = ()
+    draws: int = 1
+    predict: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
-    def bare(cls, name: str, classifier: Classifier) -> Defence:
+    def bare(cls, name: str, classifier: Classifier, trained: tuple[Threat, ...] = ()) -> Defence:
         """A classifier without a filter: its own gradient is the exact one."""
-        return cls(name, classifier, {"exact": classifier})
+        return cls(name, classifier, {"exact": classifier}, trained)
 
     @classmethod
-    def filtered(cls, name: str, defended: DefendedClassifier) -> Defence:
-        """A classifier behind a filter, in every view."""
-        views = [view for view in get_args(ViewName) if view in defended.filter.views()]
-        return cls(
-            name,
-            defended,
-            {"unaware": defended.classifier, **{view: defended.view(view) for view in views}},
-        )
+    def filtered(
+        cls,
+        name: str,
+        defended: DefendedClassifier | RejectingClassifier,
+        trained: tuple[Threat, ...] = (),
+        views: Sequence[ViewName] = ORDER,
+    ) -> Defence:
+        """A classifier behind a filter, in every view that it has of `views`; it may refuse images."""
+        wanted = sorted(set(defended.filter.views()) & set(views), key=ORDER.index)
+        attacked: dict[str, Classifier] = {view: defended.view(view) for view in wanted}
+        predict = defended.predict if isinstance(defended, RejectingClassifier) else None
+        return cls(name, defended, {"unaware": defended.classifier, **attacked}, trained, predict=predict)
+
+    @classmethod
+    def preprocessed(cls, name: str, model: Preprocessed, trained: tuple[Threat, ...] = ()) -> Defence:
+        """A classifier behind another preprocessing step, in every view of it."""
+        views: dict[str, Classifier] = {view: model.view(view) for view in ORDER if view in model.views()}
+        return cls(name, model, {"unaware": model.classifier, **views}, trained)
 
 
 class Job(NamedTuple):
@@ -113,26 +270,47 @@ class Job(NamedTuple):
     attack: AttackConfig | None
     view: str | None
     threat: Threat | None
+    source: str | None = None  # of a transfer: the defence whose adversarial images are tried
+
+    @property
+    def label(self) -> str:
+        if self.source is not None:
+            return f"transfer from {self.source}"
+        return self.attack.label if self.attack else "clean"
 
     @property
     def name(self) -> str:
-        if self.attack is None or self.threat is None:
+        if self.threat is None:
             return f"{self.defence.name} clean"
-        return f"{self.defence.name} {self.attack.label} {self.view} {self.threat.norm} {self.threat.eps:g}"
+        return f"{self.defence.name} {self.label} {self.view} {self.threat.norm} {self.threat.eps:g}"
 
 
 def jobs(
     defences: Sequence[Defence], attacks: Sequence[AttackConfig], threats: Sequence[Threat]
 ) -> Iterator[Job]:
-    """Every cell of the table, defence by defence, cheap views first."""
+    """Every cell of the table but the transfers: by defence and threat, then from ignorant views to
+    the exact one, then without gradients; noise comes first.
+    """
     for defence in defences:
         yield Job(defence, None, None, None)
         for threat in threats:
-            for attack in attacks:
-                if not attack.applies_to(threat):
-                    continue
-                # Noise asks for no gradient: one view says it all.
-                wanted = ("exact",) if attack.name == "noise" or len(defence.attacked) == 1 else attack.views
-                for view in defence.attacked:
-                    if view in wanted:
+            meeting = [attack for attack in attacks if attack.applies_to(threat)]
+            yield from (
+                Job(defence, attack, NO_GRADIENT, threat) for attack in meeting if attack.name == "noise"
+            )
+            for view in defence.attacked:
+                for attack in meeting:
+                    if attack.needs_gradient and _meets(attack, defence, view):
                         yield Job(defence, attack, view, threat)
+            for attack in meeting:
+                if not attack.needs_gradient and attack.name != "noise":
+                    yield Job(defence, attack, NO_GRADIENT, threat)
+
+
+def _meets(attack: AttackConfig, defence: Defence, view: str) -> bool:
+    spec = SPECS[attack.name]
+    if spec.knows and not isinstance(defence.attacked[view], spec.kinds):
+        return False
+    if attack.name == "range":  # differentiates the classifier behind the generator, whatever the view
+        return view == "exact"
+    return len(defence.attacked) == 1 or not attack.views or view in attack.views

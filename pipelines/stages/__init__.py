@@ -55,10 +55,10 @@ _ALL = (
     ),
     Stage(
         "evaluate",
-        2,
+        3,
         "every attack on every defence, worst per image",
-        ("seed", "data", "projection", "evaluate"),
-        lambda config: ("train-encoder", "train-classifier", "harden"),
+        ("seed", "data", "projection", "harden", "evaluate"),
+        lambda config: () if config.evaluate.classifier else ("train-encoder", "train-classifier", "harden"),
         evaluate.run,
     ),
     Stage("report", 1, "tables and pictures", (), lambda config: ("project", "evaluate"), report.run),

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from manifold_defense.artifact import load_classifier
-from manifold_defense.evaluation import Defence, Job, Outcome, attack_images, jobs, run_job, worst_rows
-from manifold_defense.evaluation.checks import dead_gradients, order, views
-from manifold_defense.evaluation.evaluate import row
-from manifold_defense.filter import DefendedClassifier
+from manifold_defense.artifact import load_classifier, load_filter
+from manifold_defense.attacks import Expectation
+from manifold_defense.evaluation import Defence, Evaluation, Job, Outcome, attack_images, evaluate, examine
+from manifold_defense.evaluation.baselines import (
+    Binarise,
+    BitDepth,
+    Blur,
+    Jpeg,
+    NearestBank,
+    Preprocess,
+    Preprocessed,
+    RandomNoise,
+)
+from manifold_defense.filter import DefendedClassifier, ManifoldFilter
+from manifold_defense.projection import PRESETS, make_bank
+from manifold_defense.rejection import RejectingClassifier, roc, threshold_at
+from manifold_defense.types import Threat
 from pipelines.board import Strip, predictions, save_figure, strips
 from pipelines.context import Context
+from pipelines.data import to_float
+from pipelines.own import load_own
+from pipelines.stage import StageError
 from pipelines.stages.project import load_parts
 
 
@@ -24,116 +43,236 @@ def run(context: Context) -> dict[str, Any]:
     config, seed = context.config.evaluate, context.config.seed
     x, y = context.test_images(config.images)
     defences = make_defences(context)
-    todo = list(jobs(defences, config.attacks, config.threats))
-    kept = context.folder / "jobs"
-    if context.main:
-        kept.mkdir(exist_ok=True)
+    store = _Store(context.folder / "jobs", context.main, _digest(defences))
     context.fabric.barrier()
 
-    outcomes: list[tuple[Job, Outcome]] = []
-    with context.progress(len(todo), unit="jobs") as advance:
-        for index, job in enumerate(todo):
-            path = kept / f"{index:03d}.safetensors"
-            outcome = _kept(path, job, len(x))
-            if outcome is None:
-
-                def work(chunk: int, part: slice, job: Job = job) -> tuple[Tensor, ...]:
-                    return run_job(job, x[part], y[part], seed + chunk)
-
-                outcome = Outcome(*context.map_images(work, len(x), config.batch_size))
-                if context.main:
-                    _keep(path, job, outcome)
-            outcomes.append((job, outcome))
-            advance(index + 1)
-
-    rows = [row(job, outcome) for job, outcome in outcomes] + worst_rows(outcomes)
-    warnings = order(rows) + views(rows)
-    for defence in defences:
-        warnings += dead_gradients(defence.name, defence.attacked["exact"], x[:50], y[:50])
+    with context.progress(0, unit="jobs") as advance:
+        evaluation = evaluate(
+            defences,
+            config.attacks,
+            config.threats,
+            x,
+            y,
+            mode=config.mode,
+            seed=seed,
+            compute=lambda work, n: context.map_images(work, n, config.batch_size),
+            store=store,
+            on_progress=advance,
+        )
+    checks = []
+    if config.checks:
+        few = slice(0, config.checks)
+        with context.progress(len(defences), unit="defences") as advance:
+            for done, defence in enumerate(defences):
+                checks += examine(defence, config.threats[0], x[few], y[few], seed=seed)
+                advance(done + 1, len(defences))
+    failed = [check for check in checks if not check.passed]
+    evaluation = evaluation.marked({check.defence for check in failed})
     if context.main:
-        _write_csv(context.folder / "images.csv", y, outcomes)
-        _pictures(context, todo, x, y)
-        for r in rows:
+        _write_csv(context.folder / "images.csv", y, evaluation)
+        _pictures(context, evaluation, x, y)
+        for r in evaluation.rows:
             cell = (r.defence, r.norm, f"{r.eps:g}", r.attack, r.view)
             context.board.add_scalar("/".join(part for part in cell if part), r.robust_accuracy, 0)
-    return {"n": len(x), "warnings": warnings, "rows": [r.as_dict() for r in rows]}
+    return {
+        "n": len(x),
+        "mode": config.mode,
+        "warnings": [str(check) for check in failed],
+        "checks": [check.as_dict() for check in checks],
+        "rows": [r.as_dict() for r in evaluation.rows],
+        "transfers": evaluation.transfers(),
+        "detection": _detection(evaluation, x),
+    }
+
+
+def _detection(evaluation: Evaluation, x: Tensor) -> list[dict[str, Any]]:
+    """How well the residual tells the images that broke a filtered defence from clean ones.
+
+    The area under the curve for images of attackers who fooled the classifier: 0.5 is chance.
+    """
+    found = []
+    for (name, threat), images in evaluation.broken.items():
+        model = next(job.defence.model for job, _ in evaluation.outcomes if job.defence.name == name)
+        if not isinstance(model, (DefendedClassifier, RejectingClassifier)):
+            continue
+        errors = [model.filter.project(part.to(x)).error.cpu() for part in (x, images)]
+        area = roc(*errors).auc
+        found.append({"defence": name, "norm": threat.norm, "eps": threat.eps, "auc": area})
+    return found
 
 
 def make_defences(context: Context) -> list[Defence]:
-    """The classifier and the hardened one, each bare and behind the filter."""
+    """The classifier and the hardened one, bare and behind the filter, and the baselines beside them.
+
+    With `evaluate.classifier` set, that classifier alone, and behind `evaluate.filter` if there is one.
+    """
+    device = context.fabric.device
+    own = context.config.evaluate.classifier
+    if own:
+        return _own_defences(own, context.config.evaluate.filter, context)
     filter, classifier = load_parts(context)
-    hardened = load_classifier(context.inputs["harden"]).requires_grad_(False).to(context.fabric.device)
+    hardened = load_classifier(context.inputs["harden"]).requires_grad_(False).to(device)
+    harden = context.config.harden
+    trained = (Threat(harden.norm, harden.eps),) if harden.objective == "pgd" else ()
     return [
         Defence.bare("undefended", classifier),
+        *_baselines(context, classifier, filter),
         Defence.filtered("filter", DefendedClassifier(filter, classifier)),
-        Defence.bare("hardened", hardened),
-        Defence.filtered("hardened+filter", DefendedClassifier(filter, hardened)),
+        *_rejecting(context, classifier, filter),
+        Defence.bare("hardened", hardened, trained),
+        Defence.filtered("hardened+filter", DefendedClassifier(filter, hardened), trained),
     ]
 
 
-def _keep(path: Path, job: Job, outcome: Outcome) -> None:
+def _own_defences(source: str, folder: str, context: Context) -> list[Defence]:
+    device = context.fabric.device
+    classifier = load_own(source, context.data.image_shape, device)
+    defences = [Defence.bare("own", classifier)]
+    if folder:
+        filter = load_filter(Path(folder)).to(device)
+        if filter.image_shape != context.data.image_shape:
+            raise StageError(
+                f"{folder}: a filter for images of shape {filter.image_shape}, "
+                f"the data have {context.data.image_shape}"
+            )
+        defences.append(Defence.filtered("own+filter", DefendedClassifier(filter, classifier)))
+    return defences
+
+
+def _baselines(context: Context, classifier: nn.Module, filter: ManifoldFilter) -> list[Defence]:
+    """Preprocessing that costs next to nothing, in front of the same classifier."""
+    device = context.fabric.device
+    made: dict[str, Callable[[], Preprocess]] = {
+        "binarise": Binarise,
+        "bit_depth": BitDepth,
+        "jpeg": Jpeg,
+        "blur": Blur,
+        "noise": RandomNoise,
+        "nearest": lambda: NearestBank(_bank_images(filter)),
+    }
+    defences = []
+    for name in context.config.evaluate.baselines:
+        if name == "encoder":
+            single_shot = filter.configured(PRESETS["single_shot"])
+            defended = DefendedClassifier(single_shot, classifier)
+            # Without a solver the exact gradient is the start's.
+            defences.append(Defence.filtered("encoder", defended, views=("identity", "exact")))
+        else:
+            preprocess = made[name]()
+            defence = Defence.preprocessed(name, Preprocessed(preprocess, classifier).to(device))
+            if isinstance(preprocess, RandomNoise):
+                averaged = Expectation(defence.model, _DRAWS)
+                attacked = {"unaware": classifier, "exact": averaged}
+                defence = replace(defence, attacked=attacked, draws=_DRAWS)
+            defences.append(defence)
+    return defences
+
+
+def _rejecting(context: Context, classifier: nn.Module, filter: ManifoldFilter) -> list[Defence]:
+    """The filter that refuses what it cannot draw, its threshold set on training images."""
+    rate = context.config.evaluate.reject
+    if not rate:
+        return []
+    images = to_float(context.data.train.images[:_CALIBRATION].to(context.fabric.device))
+    errors = torch.cat([filter.project(part).error for part in images.split(100)])
+    rejecting = RejectingClassifier(filter, classifier, threshold_at(errors, rate))
+    return [Defence.filtered("filter+reject", rejecting)]
+
+
+_CALIBRATION = 500  # training images on which a threshold is set
+_DRAWS = 10  # of a randomised baseline, for each verdict and each averaged gradient
+
+
+def _bank_images(filter: ManifoldFilter) -> Tensor:
+    """Samples of the generator (M, C, H, W)."""
+    like = next(filter.generator.parameters())[:0]
+    bank = make_bank(filter.generator, like, 4096, seed=0)  # type: ignore[arg-type]
+    return bank.image.view(-1, *filter.image_shape)
+
+
+def _digest(defences: list[Defence]) -> str:
+    """Of all weights: results of other weights are not these defences'."""
+    digest = hashlib.sha256()
+    for defence in defences:
+        if isinstance(defence.model, nn.Module):
+            for value in defence.model.state_dict().values():
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+@dataclass
+class _Store:
+    """Finished jobs, a file each, so that an interrupted evaluation goes on where it stopped."""
+
+    folder: Path
+    main: bool
+    digest: str
+
+    def __post_init__(self) -> None:
+        if self.main:
+            self.folder.mkdir(exist_ok=True)
+
+    def _path(self, job: Job) -> Path:
+        name = hashlib.sha256(f"{self.digest} {job.name} {job.attack!r}".encode()).hexdigest()[:16]
+        return self.folder / f"{name}.safetensors"
+
+    def get(self, job: Job, met: Tensor) -> Outcome | None:
+        """What an interrupted run found for the job; one damaged or of other images is done again."""
+        try:
+            outcome = Outcome(**load_file(self._path(job)))
+        except (FileNotFoundError, SafetensorError, TypeError):
+            return None
+        return outcome if torch.equal(outcome.met, met) else None
+
+    def put(self, job: Job, outcome: Outcome) -> None:
+        if not self.main:
+            return
+        path = self._path(job)
+        partial = path.with_suffix(".partial")
+        save_file({name: value.contiguous() for name, value in outcome._asdict().items()}, partial)
+        partial.replace(path)
+
+
+_COLUMNS = (
+    "image",
+    "label",
+    "defence",
+    "attack",
+    "view",
+    "norm",
+    "eps",
+    "prediction",
+    "score",
+    "distance",
+)
+
+
+def _write_csv(path: Path, y: Tensor, evaluation: Evaluation) -> None:
+    """A row an image and job that met it; `distance` is the size of the perturbation in the threat's unit."""
     partial = path.with_suffix(".partial")
-    save_file(
-        {name: value.contiguous() for name, value in outcome._asdict().items()},
-        partial,
-        metadata={"job": job.name},
-    )
-    partial.replace(path)
-
-
-def _kept(path: Path, job: Job, n: int) -> Outcome | None:
-    """What an interrupted run of this stage found for the job; a file damaged or of another is done again."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("job") != job.name:
-                return None
-        outcome = Outcome(**load_file(path))
-        return outcome if len(outcome.correct) == n else None
-    except (FileNotFoundError, SafetensorError):
-        return None
-
-
-def _write_csv(path: Path, y: Tensor, outcomes: list[tuple[Job, Outcome]]) -> None:
-    """A row an image and job; `distance` is the size of the perturbation in the threat's norm."""
-    partial = path.with_suffix(".partial")
+    labels = y.tolist()
     with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            [
-                "image",
-                "label",
-                "defence",
-                "attack",
-                "view",
-                "norm",
-                "eps",
-                "prediction",
-                "correct",
-                "distance",
-            ]
-        )
-        labels = y.tolist()
-        for job, outcome in outcomes:
-            r = row(job, outcome)
-            facts = (r.defence, r.attack, r.view or "", r.norm or "", r.eps)
-            columns = zip(
-                labels,
-                outcome.prediction.tolist(),
-                outcome.correct.tolist(),
-                outcome.size.tolist(),
-                strict=True,
-            )
-            for i, (label, prediction, correct, size) in enumerate(columns):
-                writer.writerow((i, label, *facts, prediction, int(correct), f"{size:.5f}"))
+        writer.writerow(_COLUMNS)
+        for job, outcome in evaluation.outcomes:
+            threat = (job.threat.norm, job.threat.eps) if job.threat else ("", 0.0)
+            facts = (job.defence.name, job.label, job.view or "", *threat)
+            columns = (outcome.met, outcome.prediction, outcome.score, outcome.size)
+            for i, prediction, score, size in zip(*(c.tolist() for c in columns), strict=True):
+                writer.writerow((i, labels[i], *facts, prediction, f"{score:g}", f"{size:.5f}"))
     partial.replace(path)
 
 
-def _pictures(context: Context, todo: list[Job], x: Tensor, y: Tensor) -> None:
-    """For each filtered defence and threat, PGD through the exact view: clean, attacked, reconstructed."""
+def _pictures(context: Context, evaluation: Evaluation, x: Tensor, y: Tensor) -> None:
+    """For each filtered defence and threat, one attack through the exact view: clean, attacked, G(z*)."""
     seen = set()
-    for job in todo:
+    for job, _ in evaluation.outcomes:
         defended = job.defence.model
-        if job.attack is None or job.attack.name != "pgd" or job.view != "exact":
+        if (
+            job.attack is None
+            or job.view != "exact"
+            or job.attack.name not in ("pgd", "apgd", "patch", "sparse")
+        ):
             continue
         if not isinstance(defended, DefendedClassifier) or (job.defence.name, job.threat) in seen:
             continue

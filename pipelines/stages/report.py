@@ -8,14 +8,44 @@ from typing import Any
 
 from pipelines.config import to_toml
 from pipelines.context import Context
-from pipelines.report import markdown_results, markdown_rows, markdown_table
+from pipelines.report import (
+    markdown_checks,
+    markdown_detection,
+    markdown_results,
+    markdown_rows,
+    markdown_table,
+    markdown_transfers,
+)
 
 _LEGEND = """\
-*unaware*: the attack knows the classifier alone. *approximate*: another gradient stands in for the filter's,
-that of its encoder, of the identity (BPDA) or of the range. *exact*: it differentiates every step of the
-projection. Each of these columns is the
-lowest figure of its attacks; *worst of all* counts an image only if it survives everything, and is the
-figure to quote. Intervals are Wilson's.
+{columns} *unaware*: the attack knows the classifier alone. *approximate*: another gradient stands in for
+that of the preprocessing: its encoder's, the identity's (BPDA), the range's, a smooth function's.
+*exact*: it differentiates every step of the projection. *worst of all* counts an image only if it survives
+everything, attacks without gradients and the images that broke the other defences included; it is the
+figure to quote. *: trained for this threat. (masked): a check says that this is no robustness figure.
+Intervals are Wilson's.
+"""
+_COLUMNS = {
+    "standard": "Each column is what is left after its attacks and those of the columns before it.",
+    "full": "Each column is the lowest figure of its own attacks.",
+}
+_CHECKS = """
+## Signs of masked gradients
+
+The figure of each check (`manifold_defense/evaluation/checks.py`); those in bold failed.
+
+"""
+_DETECTION = """
+## Telling attacked images by their residual
+
+Area under the curve of the residual, clean images against those that broke the defence; 0.5 is chance.
+
+"""
+_TRANSFERS = """
+## Who fools whom
+
+Of the images that broke one defence, the share that fools another.
+
 """
 _PICTURES = """
 ## Pictures
@@ -45,20 +75,26 @@ def run(context: Context) -> dict[str, Any]:
             name = f"{stage}-{source.name}"
             shutil.copyfile(source, context.folder / name)
             pictures.append(name)
-    projected = metrics["project"]
+    projected, evaluated = metrics["project"], metrics["evaluate"]
     facts = [(name.replace("_", " "), f"{value:.5g}") for name, value in projected.items()]
     config = context.config
     text = [
         f"# What the defence of run `{config.run}` is worth\n\n",
         f"Data `{config.data.name}`, seed {config.seed}. The whole configuration is at the end.\n\n",
-        markdown_results(metrics["evaluate"]),
-        "\n" + _LEGEND,
+        markdown_results(evaluated),
+        "\n" + _LEGEND.format(columns=_COLUMNS[evaluated["mode"]]),
+        _CHECKS if evaluated["checks"] else "",
+        markdown_checks(evaluated["checks"]) if evaluated["checks"] else "",
         _PICTURES,
         *(f"![{name}]({name})\n\n" for name in pictures),
         _PROJECTION,
         markdown_table(("measure", "value"), facts),
+        *([_DETECTION, markdown_detection(evaluated["detection"])] if evaluated["detection"] else []),
+        _TRANSFERS,
+        markdown_transfers(evaluated["transfers"]),
         "\n## Every attack\n\n",
-        markdown_rows(metrics["evaluate"]["rows"]),
+        "Costs are an image's: passes through the model forward and backward, drawings of the generator.\n\n",
+        markdown_rows(evaluated["rows"]),
         "\nEvery image's outcome is in `evaluate/images.csv`.\n",
         f"\n## Configuration\n\n```toml\n{to_toml(config)}```\n",
     ]

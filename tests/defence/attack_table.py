@@ -13,12 +13,54 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from manifold_defense.attacks import cw, fgsm, noise, pgd
+from manifold_defense.attacks import (
+    apgd,
+    corruption,
+    cw,
+    ddn,
+    deepfool,
+    detector_aware,
+    feature_matching,
+    fgsm,
+    fmn,
+    hop_skip_jump,
+    jsma,
+    mi_fgsm,
+    noise,
+    patch,
+    pgd,
+    pgd_l0,
+    range_attack,
+    sparse_rs,
+    square,
+)
 from manifold_defense.attacks.norms import sizes
 from manifold_defense.attacks.objective import evaluation_mode
 
 LINF: dict[str, Any] = {"norm": "linf", "eps": 0.1}
 L2: dict[str, Any] = {"norm": "l2", "eps": 0.8}
+
+
+class Everything:
+    """A generator (N, 64) -> (N, 1, 8, 8) that draws any image, in the type of its latents."""
+
+    latent_dim, image_shape = 64, (1, 8, 8)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return (z / 4 + 0.5).unflatten(1, self.image_shape)
+
+
+def filtered(x: Tensor) -> Tensor:
+    """Features (N, 4, 8, 8), in the type of the images: the first layer of `network`."""
+    first: nn.Module = network(3)[0]
+    return nn.functional.conv2d(x, first.weight.to(x), first.bias.to(x), padding=1)
+
+
+def brightness(x: Tensor) -> Tensor:
+    """A residual (N,) that a detector might judge by."""
+    return x.flatten(1).mean(1)
+
+
 ATTACKS: dict[str, partial[Tensor]] = {
     "noise-linf": partial(noise, **LINF, draws=6),
     "noise-l2": partial(noise, **L2, draws=6),
@@ -34,10 +76,59 @@ ATTACKS: dict[str, partial[Tensor]] = {
     "pgd-one-step": partial(pgd, **LINF, steps=1),
     "pgd-from-x": partial(pgd, **L2, steps=5, random_start=False),
     "pgd-transfer": partial(pgd, **LINF, steps=5, stop_early=False),
+    "pgd-l1": partial(pgd, norm="l1", eps=4.0, steps=5),
+    "pgd-dlr": partial(pgd, **LINF, steps=5, loss="dlr"),
+    "fgsm-random": partial(fgsm, norm="linf", eps=0.15, random_step=0.3),
+    "fgsm-l1": partial(fgsm, norm="l1", eps=6.0),
+    "mi-fgsm": partial(mi_fgsm, **LINF, steps=5),
+    "mi-fgsm-diverse": partial(mi_fgsm, norm="l2", eps=1.5, steps=10, diversity=0.5),
+    "apgd-linf": partial(apgd, **LINF, steps=10),
+    "apgd-l2-dlr": partial(apgd, **L2, steps=10, loss="dlr", restarts=2),
+    "apgd-l1": partial(apgd, norm="l1", eps=4.0, steps=10, loss="margin"),
+    "apgd-from-x": partial(apgd, **LINF, steps=10, random_start=False),
+    "apgd-transfer": partial(apgd, **LINF, steps=10, stop_early=False),
+    "corruption": partial(corruption, norm="corruption", eps=3, draws=2),
+    "corruption-transfer": partial(corruption, norm="corruption", eps=5, draws=1, stop_early=False),
     "cw": partial(cw, **L2, steps=20, searches=3, initial_weight=10.0),
+    "ddn": partial(ddn, **L2, steps=20),
+    "fmn-l0": partial(fmn, norm="l0", eps=6, steps=20),
+    "fmn-l1": partial(fmn, norm="l1", eps=4.0, steps=20),
+    "fmn-l2": partial(fmn, **L2, steps=20),
+    "fmn-linf": partial(fmn, **LINF, steps=20),
+    "fmn-to-the-end": partial(fmn, **LINF, steps=20, stop_early=False),
+    "deepfool-l2": partial(deepfool, **L2, steps=10),
+    "deepfool-linf": partial(deepfool, **LINF, steps=10),
+    "jsma": partial(jsma, norm="l0", eps=8),
+    "square-linf": partial(square, **LINF, steps=100),
+    "square-l2": partial(square, norm="l2", eps=1.2, steps=50, restarts=2),
+    "hop-skip-jump-l2": partial(hop_skip_jump, **L2, queries=400, draws=40),
+    "hop-skip-jump-linf": partial(hop_skip_jump, norm="linf", eps=0.15, queries=400, draws=40),
+    "pgd-l0": partial(pgd_l0, norm="l0", eps=4, steps=5),
+    "sparse-rs": partial(sparse_rs, norm="l0", eps=4, steps=40),
+    "patch": partial(patch, norm="patch", eps=3, steps=5, locations=4),
+    "patch-transfer": partial(patch, norm="patch", eps=3, steps=5, locations=3, stop_early=False),
+    "features-linf": partial(feature_matching, norm="linf", eps=0.3, steps=5, features=filtered),
+    "features-l2": partial(feature_matching, norm="l2", eps=2.5, steps=5, features=filtered, restarts=2),
+    "range-linf": partial(range_attack, **LINF, steps=30, generator=Everything(), learning_rate=0.3),
+    "range-l2": partial(range_attack, **L2, steps=30, generator=Everything(), learning_rate=0.3, restarts=2),
+    "detector-linf": partial(detector_aware, **LINF, steps=10, residual=brightness, threshold=0.6),
+    "detector-l2": partial(
+        detector_aware, **L2, steps=9, residual=brightness, threshold=0.6, restarts=2, stop_early=False
+    ),
+    "detector-orthogonal": partial(
+        detector_aware, **L2, steps=10, residual=brightness, threshold=0.6, method="orthogonal"
+    ),
 }
 # Those that draw: another seed, another result.
-SEEDED = [name for name in ATTACKS if name.startswith("noise") or ("pgd" in name and "from-x" not in name)]
+SEEDED = [
+    name
+    for name in ATTACKS
+    if name.startswith(
+        ("noise", "features", "apgd-l", "apgd-t", "range", "square", "hop-skip-jump", "sparse-rs", "patch")
+    )
+    or name in ("corruption", "detector-l2", "fgsm-random", "mi-fgsm-diverse")
+    or ("pgd" in name and "from-x" not in name)
+]
 every_attack = pytest.mark.parametrize("name", ATTACKS)
 every_number_of_classes = pytest.mark.parametrize("classes", [2, 3, 5])
 

@@ -32,8 +32,8 @@ def test_an_unknown_norm_is_refused(attack: Any) -> None:
         (pgd, {"eps": float("nan")}, "eps ≥ 0"),
         (pgd, {"steps": 0}, "steps ≥ 1"),
         (pgd, {"restarts": 0}, "restarts ≥ 1"),
-        (pgd, {"loss": "dlr"}, "loss: expected ce or margin"),
-        (fgsm, {"loss": "dlr"}, "loss: expected ce or margin"),
+        (pgd, {"loss": "mse"}, "loss: expected ce, margin or dlr"),
+        (fgsm, {"loss": "mse"}, "loss: expected ce, margin or dlr"),
     ],
 )
 def test_bad_arguments_are_refused(attack: Any, keywords: dict[str, Any], words: str) -> None:

@@ -1,6 +1,7 @@
 """The staged pipeline as a user meets it: results, skipping, refusing, resuming, and honest failures."""
 
 import csv
+import importlib
 import json
 import os
 import shutil
@@ -46,17 +47,35 @@ def test_every_stage_leaves_its_facts_and_no_scraps(finished):
 
 def test_the_table_holds_every_cell(finished):
     table = rows(finished / "runs" / "digits")
-    assert {r["defence"] for r in table} == {"undefended", "filter", "hardened", "hardened+filter"}
+    defences = ["undefended", "binarise", "noise", "encoder"]
+    defences += ["filter", "filter+reject", "hardened", "hardened+filter"]
+    assert list(dict.fromkeys(r["defence"] for r in table)) == defences
     for norm, eps in (("linf", 0.15), ("l2", 1.0)):
-        attacks = ["noise", "fgsm", "pgd", "worst"] + (["cw"] if norm == "l2" else [])
+        gradient = ["fgsm", "pgd"] + (["cw"] if norm == "l2" else [])
         for defence in ("filter", "hardened+filter"):
             cells = [r for r in table if (r["defence"], r["norm"], r["eps"]) == (defence, norm, eps)]
-            assert {r["attack"] for r in cells} == set(attacks)
-            for attack in {"fgsm", "pgd", "cw"} & set(attacks):
-                views = {r["view"] for r in cells if r["attack"] == attack}
-                more = {"start", "tangent"} if attack == "pgd" else set()
-                assert views == {"unaware", "identity", "exact"} | more
+            transfers = {f"transfer from {other}" for other in defences if other != defence}
+            assert {r["attack"] for r in cells} == {"noise", "square", "worst", *gradient} | transfers
+            views = {name: {r["view"] for r in cells if r["attack"] == name} for name in gradient}
+            everything = {"unaware", "start", "identity", "tangent", "exact"}
+            assert views["pgd"] == everything
+            assert views["fgsm"] == everything | {"implicit", "gauss_newton"}
+            assert views.get("cw", {"exact"}) == {"exact"}
+    assert {r["defence"] for r in table if r["norm"] == "union"} == set(defences)
     assert all(r["n"] == 20 and r["ci_low"] <= r["robust_accuracy"] <= r["ci_high"] for r in table)
+    trained = {(r["defence"], r["norm"]) for r in table if r["trained"]}
+    assert trained == {("hardened", "linf"), ("hardened+filter", "linf")}
+
+
+def test_in_mode_standard_a_row_is_what_is_left_so_far(finished):
+    metrics = json.loads((finished / "runs/digits/evaluate/stage.json").read_text())["metrics"]
+    assert metrics["mode"] == "standard"
+    chains = {}
+    for r in metrics["rows"]:
+        if r["attack"] not in ("clean", "worst"):
+            chains.setdefault((r["defence"], r["norm"], r["eps"]), []).append(r["robust_accuracy"])
+    for chain in chains.values():
+        assert chain == sorted(chain, reverse=True)
 
 
 def test_the_worst_row_is_what_survives_in_the_csv(finished):
@@ -66,17 +85,24 @@ def test_the_worst_row_is_what_survives_in_the_csv(finished):
     for r in rows(run):
         if r["attack"] != "worst":
             continue
-        alive = {
-            i: all(
-                line["correct"] == "1"
-                for line in lines
-                if line["image"] == str(i)
-                and line["defence"] == r["defence"]
-                and (line["attack"] == "clean" or (line["norm"], float(line["eps"])) == (r["norm"], r["eps"]))
-            )
-            for i in range(20)
-        }
-        assert r["robust_accuracy"] == pytest.approx(sum(alive.values()) / 20)
+        left = [1.0] * 20
+        for line in lines:
+            threat = (line["norm"], float(line["eps"]))
+            counts = line["attack"] == "clean" or r["norm"] == "union" or threat == (r["norm"], r["eps"])
+            if line["defence"] == r["defence"] and counts:
+                left[int(line["image"])] = min(left[int(line["image"])], float(line["score"]))
+        assert r["robust_accuracy"] == pytest.approx(sum(left) / 20)
+
+
+def test_checks_are_kept_and_failures_stand_above_the_table(finished):
+    metrics = json.loads((finished / "runs/digits/evaluate/stage.json").read_text())["metrics"]
+    failed = [check for check in metrics["checks"] if not check["passed"]]
+    assert len(failed) == len(metrics["warnings"])
+    masked = {check["defence"] for check in failed}
+    assert {r["defence"] for r in metrics["rows"] if r["masked"]} == masked
+    report = (finished / "runs" / "digits" / "report" / "report.md").read_text()
+    for check in failed:
+        assert f"**Not a robustness figure:** {check['defence']}: {check['words']}" in report
 
 
 def test_the_terminal_and_the_report_quote_the_worst(finished):
@@ -85,7 +111,8 @@ def test_the_terminal_and_the_report_quote_the_worst(finished):
     for r in rows(finished / "runs" / "digits"):
         if r["attack"] == "worst":
             assert f"{100 * r['robust_accuracy']:.1f} %" in output
-            assert f"**{100 * r['robust_accuracy']:.1f} %**" in report
+            figure = f"{100 * r['robust_accuracy']:.1f} %"
+            assert (f"| {figure} (masked) |" if r["masked"] else f"| **{figure}** |") in report
     assert "worst of all attacks and views" in output
     for name in json.loads((finished / "runs/digits/report/stage.json").read_text())["metrics"]["pictures"]:
         assert (finished / "runs" / "digits" / "report" / name).stat().st_size > 1000
@@ -186,11 +213,10 @@ def test_an_interrupted_training_resumes_to_the_same_weights(run_folder, monkeyp
 
 
 def test_an_interrupted_evaluation_keeps_finished_jobs(run_folder, monkeypatch):
-    import pipelines.stages.evaluate as stage
-
+    evaluation = importlib.import_module("manifold_defense.evaluation.evaluate")
     expected = rows(run_folder)
     shutil.rmtree(run_folder / "evaluate")
-    run_job, done = stage.run_job, []
+    run_job, done = evaluation.run_job, []
 
     def counted(job, *arguments):
         if job.name not in done:
@@ -200,14 +226,19 @@ def test_an_interrupted_evaluation_keeps_finished_jobs(run_folder, monkeypatch):
         return run_job(job, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "run_job", counted)
+        patch.setattr(evaluation, "run_job", counted)
         assert invoke("evaluate", *settings()).exit_code == 130
-    assert len(list((run_folder / "evaluate.part" / "jobs").glob("*.safetensors"))) == 5
-    (run_folder / "evaluate.part" / "jobs" / "001.safetensors").write_bytes(b"cut short")
+    kept = sorted(
+        (run_folder / "evaluate.part" / "jobs").glob("*.safetensors"), key=lambda p: p.stat().st_mtime_ns
+    )
+    assert len(kept) == 5
+    kept[1].write_bytes(b"cut short")
 
     again = []
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "run_job", lambda job, *rest: (again.append(job.name), run_job(job, *rest))[1])
+        patch.setattr(
+            evaluation, "run_job", lambda job, *rest: (again.append(job.name), run_job(job, *rest))[1]
+        )
         assert invoke("evaluate", *settings()).exit_code == 0
     assert set(again) & set(done) == {done[1]}
     assert rows(run_folder) == expected

@@ -1,0 +1,74 @@
+"""Random search: what the attacks that need neither a gradient nor its neighbourhood have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from manifold_defense.attacks.objective import clearly, evaluation_mode, margins
+from manifold_defense.types import Classifier
+
+# draw(*shape): numbers uniform in [0, 1), (N, *shape), a row for each image that is being attacked.
+Draw = Callable[..., Tensor]
+# (clean, draw) to first images, (N, C, H, W)
+Start = Callable[[Tensor, Draw], Tensor]
+# (current, clean, share of the queries that is spent, draw) to the images to try next, (N, C, H, W)
+Propose = Callable[[Tensor, Tensor, float, Draw], Tensor]
+
+
+@torch.no_grad()
+def random_search(
+    model: Classifier,
+    x: Tensor,
+    y: Tensor,
+    start: Start,
+    propose: Propose,
+    *,
+    steps: int,
+    restarts: int,
+    targeted: bool,
+    stop_early: bool,
+    seed: int,
+) -> Tensor:
+    """Images (N, C, H, W) that raise the margin: each proposal is kept if its margin is higher.
+
+    `steps` are the queries of each restart, `start` the first of them. Every image draws its own
+    numbers, and the same ones whichever images are still in the batch. Both functions must stay
+    inside the threat; the one with the highest margin, or the clean image, is returned.
+    """
+    if steps < 1 or restarts < 1:
+        raise ValueError(f"expected steps ≥ 1, restarts ≥ 1, got {steps}, {restarts}")
+    rng = torch.Generator().manual_seed(seed)
+    x = x.detach()
+    best = x.clone()
+    with evaluation_mode(model):
+        logits = model(x)
+        best_margin = margins(logits, y, targeted)
+        found = clearly(best_margin, logits) & stop_early
+        for _ in range(restarts):
+            current, current_margin = x.clone(), torch.full_like(best_margin, -torch.inf)
+            for step in range(steps):
+                active = (~found).nonzero().squeeze(1)
+                if len(active) == 0:
+                    return best
+
+                def draw(*shape: int, active: Tensor = active) -> Tensor:
+                    return torch.rand(len(x), *shape, generator=rng).to(x)[active]
+
+                clean = x[active]
+                if step == 0:
+                    tried = start(clean, draw)
+                else:
+                    tried = propose(current[active], clean, step / steps, draw)
+                logits = model(tried)
+                margin = margins(logits, y[active], targeted)
+                higher = margin > current_margin[active]
+                moved = active[higher]
+                current[moved], current_margin[moved] = tried[higher], margin[higher]
+                better = margin > best_margin[active]
+                moved = active[better]
+                best[moved], best_margin[moved] = tried[better], margin[better]
+                found[active] |= clearly(margin, logits) & stop_early
+    return best

@@ -1,0 +1,62 @@
+"""What an attack costs: images passed through the model, forward and backward, and generator evaluations."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from manifold_defense.filter import ManifoldFilter
+from manifold_defense.types import Classifier
+
+COSTS = ("forward", "backward", "generator")
+
+
+class Meter:
+    """Counts while it is entered; `counted(model)` is the model with a counter before it."""
+
+    def __init__(self, deployed: Classifier) -> None:
+        self.forward = self.backward = self.generator = 0.0
+        filter = getattr(deployed, "filter", None)
+        self._generators = [filter.generator] if isinstance(filter, ManifoldFilter) else []
+        self._hooks: list[Any] = []
+
+    @property
+    def counts(self) -> tuple[float, float, float]:
+        """In the order of `COSTS`."""
+        return self.forward, self.backward, self.generator
+
+    def counted(self, model: Classifier) -> Classifier:
+        return _Counted(model, self)
+
+    def __enter__(self) -> Meter:
+        self._hooks = [generator.register_forward_hook(self._drawn) for generator in self._generators]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _drawn(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.generator += len(output)
+
+
+class _Counted(nn.Module):
+    """The model itself, but for the counting; a callable that is no module is one all the same."""
+
+    def __init__(self, model: Classifier, meter: Meter) -> None:
+        super().__init__()
+        self.model, self.meter = model, meter
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.meter.forward += len(x)
+        if x.requires_grad:
+            x = x.view_as(x)  # a leaf may be shared: its hook would stay
+            x.register_hook(self._passed)
+        return self.model(x)
+
+    def _passed(self, gradient: Tensor) -> None:
+        self.meter.backward += len(gradient)

@@ -1,0 +1,49 @@
+"""A user's own classifier, named as `package.module:function`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import torch
+from torch import nn
+
+
+class OwnClassifierError(Exception):
+    """A classifier cannot be had as named; one line that says why."""
+
+
+def load_own(source: str, image_shape: tuple[int, ...], device: torch.device) -> nn.Module:
+    """The module that `source`, a function without parameters or a module itself, gives.
+
+    It takes images (N, C, H, W) in [0, 1] and returns logits (N, K). Modules in the working folder
+    are found as well. Raises OwnClassifierError for whatever does not fit.
+    """
+    path, _, name = source.partition(":")
+    if not path or not name:
+        raise OwnClassifierError(f"--classifier {source}: expected package.module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(path), name)
+    except (ImportError, AttributeError) as error:
+        raise OwnClassifierError(f"--classifier {source}: {error}") from None
+    model = found if isinstance(found, nn.Module) else found()
+    if not isinstance(model, nn.Module):
+        raise OwnClassifierError(
+            f"--classifier {source}: expected a torch.nn.Module, got {type(model).__name__}"
+        )
+    model = model.to(device).requires_grad_(False).eval()
+    try:
+        with torch.no_grad():
+            logits = model(torch.zeros(2, *image_shape, device=device))
+    except (RuntimeError, ValueError, TypeError) as error:
+        line = " ".join(str(error).split())
+        raise OwnClassifierError(
+            f"--classifier {source}: no answer to images of shape {tuple(image_shape)}: {line[:200]}"
+        ) from None
+    if not (isinstance(logits, torch.Tensor) and logits.dim() == 2 and len(logits) == 2):
+        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise OwnClassifierError(f"--classifier {source}: expected logits (N, K), got {shape}")
+    return model

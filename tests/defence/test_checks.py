@@ -1,0 +1,197 @@
+"""Deliberately masked defences are flagged, each by the check that is for it, and an honest model is not."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from manifold_defense import DefendedClassifier, ManifoldFilter, ProjectionConfig, Threat
+from manifold_defense.evaluation import CHECKS, Defence, checks, examine
+from manifold_defense.evaluation.checks import Subject
+
+LINF = Threat("linf", 0.1)
+
+
+@pytest.fixture(scope="module")
+def learned() -> tuple[nn.Module, Tensor, Tensor]:
+    """A small network that knows the digits, and 40 images with labels."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    x = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    y = torch.tensor(labels)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        adam = torch.optim.Adam(model.parameters(), lr=3e-3)
+        for step in range(150):
+            at = torch.randint(0, 1500, (256,), generator=torch.Generator().manual_seed(step))
+            adam.zero_grad()
+            nn.functional.cross_entropy(model(x[at]), y[at]).backward()
+            adam.step()
+    adam.zero_grad()
+    return model.eval().requires_grad_(False), x[1500:1540], y[1500:1540]
+
+
+class Changed(nn.Module):
+    """A model whose input or output is changed."""
+
+    def __init__(self, model: nn.Module, before: Any = None, after: Any = None) -> None:
+        super().__init__()
+        self.model, self.before, self.after = model, before, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(self.before(x) if self.before else x)
+        return self.after(logits) if self.after else logits
+
+
+def shattered(x: Tensor) -> Tensor:
+    """Almost x, but for ripples far finer than a perturbation, whose slope drowns that of x."""
+    return x + 0.002 * torch.sin(4000 * x)
+
+
+def quantised(x: Tensor) -> Tensor:
+    return (8 * x).round() / 8
+
+
+def rough(x: Tensor) -> Tensor:
+    """Quantised, with a gradient of its own invention."""
+    noise = torch.sin(1e4 * x.detach())
+    return quantised(x).detach() + (x - x.detach()) * noise
+
+
+def noisy(x: Tensor) -> Tensor:
+    return x + 0.1 * torch.randn_like(x)
+
+
+def beside(x: Tensor) -> Tensor:
+    """Each image a little like its neighbour in the batch."""
+    return 0.8 * x + 0.2 * x.roll(1, 0)
+
+
+MASKED: dict[str, tuple[dict[str, Callable[[Tensor], Tensor]], set[str]]] = {
+    "detached": ({"before": lambda x: x.detach()}, {"gradient", "slope", "black box", "unbounded"}),
+    "quantised": ({"before": quantised}, {"gradient", "slope", "black box"}),
+    "invented gradient": ({"before": rough}, {"slope"}),
+    "shattered": ({"before": shattered}, {"stability"}),
+    "logits × 1000": ({"after": lambda z: 1000 * z}, {"saturation"}),
+    "logits − 100": ({"after": lambda z: z - 100}, {"offset"}),
+    "softmax": ({"after": lambda z: z.softmax(1)}, {"probabilities"}),
+    "noisy": ({"before": noisy}, {"randomness"}),
+    "batch": ({"before": beside}, {"batch"}),
+    "not a number": ({"before": lambda x: x + 0 * (x - x).sqrt()}, {"gradient", "slope"}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _rng() -> Iterator[None]:
+    """The noisy one draws from the global generator."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def failed(defence: Defence, x: Tensor, y: Tensor, threat: Threat = LINF) -> set[str]:
+    return {check.name for check in examine(defence, threat, x, y) if not check.passed}
+
+
+def test_an_honest_model_passes(learned: Any) -> None:
+    model, x, y = learned
+    found = examine(Defence.bare("honest", model), LINF, x, y)
+    assert [str(check) for check in found if not check.passed] == []
+    assert len(found) == len(CHECKS)
+    assert len({check.name for check in found}) == len(CHECKS)
+
+
+def test_an_honest_filter_passes(learned: Any, linear: Any) -> None:
+    model, x, y = learned
+    config = ProjectionConfig("gd", "origin", steps=20, step_size=1.0)
+    defended = DefendedClassifier(ManifoldFilter(linear.float(), config=config), model)
+    with torch.no_grad():
+        y = defended(x).argmax(1)
+    assert failed(Defence.filtered("filter", defended), x, y) == set()
+
+
+@pytest.mark.parametrize("how", MASKED)
+def test_a_masked_defence_is_flagged(how: str, learned: Any) -> None:
+    model, x, y = learned
+    change, expected = MASKED[how]
+    found = failed(Defence.bare(how, Changed(model, **change)), x, y)
+    assert expected <= found
+
+
+def test_a_detached_projection_is_flagged_by_its_views(learned: Any, linear: Any) -> None:
+    """The exact view finds nothing, the others do."""
+    model, x, y = learned
+    filter = ManifoldFilter(linear.float(), config=ProjectionConfig("gd", "origin", steps=20, step_size=1.0))
+    honest = Defence.filtered("inc", DefendedClassifier(filter, model))
+    with torch.no_grad():
+        y = honest.model(x).argmax(1)
+    cut = Changed(honest.model, lambda x: x.detach())  # type: ignore[arg-type]
+    masked = replace(honest, attacked={**honest.attacked, "exact": cut})
+    assert {"gradient", "slope", "views"} <= failed(masked, x, y)
+
+
+@pytest.mark.parametrize("threat", [Threat("l2", 0.5), Threat("patch", 3), Threat("l0", 4)])
+def test_any_threat_can_be_named(threat: Threat, learned: Any) -> None:
+    model, x, y = learned
+    assert failed(Defence.bare("honest", model), x, y, threat) == set()
+
+
+def test_noise_is_no_finding_where_its_draws_are_averaged(learned: Any) -> None:
+    model, x, y = learned
+    random = Changed(model, noisy)
+    assert "randomness" not in failed(Defence("noisy", random, {"exact": random}, draws=5), x, y)
+
+
+def test_a_model_that_is_always_wrong_says_nothing(learned: Any) -> None:
+    model, x, y = learned
+    assert examine(Defence.bare("wrong", model), LINF, x, (y + 1) % 10) == []
+
+
+def test_every_check_leaves_the_model_alone(learned: Any) -> None:
+    model, x, y = learned
+    model.train()
+    before = torch.get_rng_state()
+    examine(Defence.bare("honest", model), LINF, x, y)
+    assert torch.equal(before, torch.get_rng_state())
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    model.eval()
+
+
+def known(**shares: float) -> Subject:
+    """A subject whose attacks leave the given shares of 100 images."""
+
+    class Known(Subject):
+        def share(self, attack: str, view: str | None = None, scale: float = 1.0) -> float:
+            name = attack if view is None else f"{attack}_{view}"
+            return shares[name if scale == 1 else f"{name}_twice"]
+
+    model = nn.Identity()
+    defence = Defence("a", model, {"unaware": model, "exact": model})
+    return Known(defence, LINF, torch.zeros(0), torch.zeros(0))
+
+
+@pytest.mark.parametrize(
+    ("check", "shares", "passes"),
+    [
+        (checks.order, {"noise": 0.9, "fgsm": 0.6, "pgd": 0.4}, True),
+        (checks.order, {"noise": 0.9, "fgsm": 0.6, "pgd": 0.62}, True),
+        (checks.order, {"noise": 0.9, "fgsm": 0.6, "pgd": 0.7}, False),
+        (checks.order, {"noise": 0.5, "fgsm": 0.6, "pgd": 0.4}, False),
+        (checks.views, {"pgd": 0.3, "pgd_unaware": 0.5}, True),
+        (checks.views, {"pgd": 0.6, "pgd_unaware": 0.2}, False),
+        (checks.budget, {"pgd": 0.6, "pgd_twice": 0.2}, True),
+        (checks.budget, {"pgd": 0.2, "pgd_twice": 0.4}, False),
+    ],
+)
+def test_the_verdict_on_known_figures(check: Any, shares: dict[str, float], passes: bool) -> None:
+    found = check(known(**shares))
+    assert found.passed == passes
+    assert found.defence == "a"
+    assert str(found).startswith("a: ")
+    assert "%" in found.words
