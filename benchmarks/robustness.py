@@ -111,7 +111,7 @@ class Survivors:
                     eps=eps,
                     steps=length,
                     restarts=restarts,
-                    loss="both" if restarts > 1 else "margin",
+                    loss="both" if restarts > 1 else "ce",
                     stop_early=name not in ("unaware", "averaged"),
                 ),
             )

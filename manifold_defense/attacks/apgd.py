@@ -153,8 +153,7 @@ class _Climb:
                 before = torch.where(wide, at, before)
                 rises, since = torch.zeros_like(rises), step
             clean = x[active]
-            reached = at + column(size, at) * shape.climb(gradient, at, _BOX)
-            reached = shape.place(clean, reached, self.eps, _BOX)
+            reached = shape.step(clean, at, gradient, column(size, at), self.eps, _BOX)
             weight = _MOMENTUM if step else 1.0
             moved = at + weight * (reached - at) + (1 - weight) * (at - before)
             before, at = at, shape.place(clean, moved, self.eps, _BOX)

@@ -43,7 +43,7 @@ def feature_matching(
     shape = geometry(norm)
     if not eps >= 0 or steps < 1 or restarts < 1:
         raise ValueError(f"expected eps ≥ 0, steps ≥ 1, restarts ≥ 1, got {eps}, {steps}, {restarts}")
-    step_size = 5 * eps / steps if step_size is None else step_size
+    step_size = eps if step_size is None else step_size
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()
     best = x.clone()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Bounds = tuple[float, float]
+Length = float | Tensor  # in pixels, of all steps or of each, (N, 1, 1, 1)
 
 # The largest entries of a gradient, as a share of all, along which an attack steps in L1.
 _SHARE = 0.05
@@ -26,6 +27,9 @@ class Geometry(NamedTuple):
     climb: Callable[[Tensor, Tensor, Bounds], Tensor]
     # (clean, moved, eps, bounds): an image in the box and in the ball around `clean`, near `moved`
     place: Callable[[Tensor, Tensor, float, Bounds], Tensor]
+    # (clean, at, gradient, length, eps, bounds): where a step of `length` up the gradient leads from
+    # images `at` in the box and the ball: into both
+    step: Callable[[Tensor, Tensor, Tensor, Length, float, Bounds], Tensor]
 
 
 def _l2(delta: Tensor) -> Tensor:
@@ -129,6 +133,45 @@ def _box_then_ball(project: Callable[[Tensor, float], Tensor]) -> Callable[..., 
     return place
 
 
+def _l1_corner(clean: Tensor, gradient: Tensor, eps: float, bounds: Bounds) -> Tensor:
+    """The image of the ball and the box that gains most along a gradient.
+
+    The pixels of the largest gradient go to their bound, one after the other, until eps is spent.
+    """
+    flat, low, high = gradient.flatten(1), *bounds
+    room = torch.where(gradient > 0, high - clean, clean - low).flatten(1) * (flat != 0)
+    order = flat.abs().argsort(dim=1, descending=True)
+    sorted_room = room.gather(1, order)
+    left = (eps * (1 - 1e-6) - (sorted_room.cumsum(1) - sorted_room)).clamp(min=0)
+    taken = torch.zeros_like(flat).scatter(1, order, torch.minimum(sorted_room, left))
+    return clean + (flat.sign() * taken).view_as(clean)
+
+
+def _l1_step(
+    clean: Tensor, at: Tensor, gradient: Tensor, length: Length, eps: float, bounds: Bounds
+) -> Tensor:
+    """Frank-Wolfe (Jaggi 2013, algorithm 1): the share `length / 2 eps` of the way to the best corner.
+
+    A step along a set number of pixels (SLIDE) ends in perturbations of about that many. This one
+    changes as many as the box asks for, and takes back what earlier steps spent badly.
+    """
+    share = (length * at.new_tensor(0.5 / max(eps, 1e-12))).clamp(max=1)
+    # Without a gradient there is no corner, and no reason to turn back.
+    known = column((gradient != 0).flatten(1).any(1), at)
+    corner = _l1_corner(clean, gradient, eps, bounds)
+    return torch.where(known, at + share * (corner - at), at).clamp(*bounds)
+
+
+def _climb_and_place(norm: str) -> Callable[..., Tensor]:
+    def step(
+        clean: Tensor, at: Tensor, gradient: Tensor, length: Length, eps: float, bounds: Bounds
+    ) -> Tensor:
+        shape = GEOMETRIES[norm]
+        return shape.place(clean, at + length * shape.climb(gradient, at, bounds), eps, bounds)
+
+    return step
+
+
 GEOMETRIES = {
     "linf": Geometry(
         size=lambda delta: delta.flatten(1).abs().amax(1),
@@ -137,6 +180,7 @@ GEOMETRIES = {
         sample=lambda like, eps, rng: eps * (2 * torch.rand(like.shape, generator=rng).to(like) - 1),
         climb=lambda gradient, at, bounds: gradient.sign(),
         place=lambda clean, moved, eps, bounds: (clean + (moved - clean).clamp(-eps, eps)).clamp(*bounds),
+        step=_climb_and_place("linf"),
     ),
     "l2": Geometry(
         size=_l2,
@@ -145,6 +189,7 @@ GEOMETRIES = {
         sample=_l2_sample,
         climb=lambda gradient, at, bounds: _l2_steepest(free(gradient, at, bounds)),
         place=_box_then_ball(_l2_project),
+        step=_climb_and_place("l2"),
     ),
     "l1": Geometry(
         size=_l1,
@@ -153,6 +198,7 @@ GEOMETRIES = {
         sample=_l1_sample,
         climb=_l1_climb,
         place=_box_then_ball(_l1_project),
+        step=_l1_step,
     ),
 }
 

@@ -44,7 +44,17 @@ class Pgd:
 
     def __call__(self, model: Classifier, x: Tensor, y: Tensor, /, *, progress: float, seed: int) -> Tensor:
         eps = self.eps * min(1.0, progress / self.ramp) if self.ramp > 0 else self.eps
-        x_adv = pgd(model, x, y, norm=self.norm, eps=eps, steps=self.steps, stop_early=False, seed=seed)
+        x_adv = pgd(
+            model,
+            x,
+            y,
+            norm=self.norm,
+            eps=eps,
+            step_size=5 * eps / self.steps,  # falls to zero; the sum crosses the ball
+            steps=self.steps,
+            stop_early=False,
+            seed=seed,
+        )
         return _mixed(model, x, x_adv, y, self.clean_share)
 
 

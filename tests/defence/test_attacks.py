@@ -269,7 +269,7 @@ def deltas(draw: Any) -> Tensor:
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(deltas(), st.sampled_from(["linf", "l2"]), st.floats(0, 100, width=32))
+@given(deltas(), st.sampled_from(["linf", "l2", "l1"]), st.floats(0, 100, width=32))
 def test_projection_on_the_ball(delta: Tensor, norm: str, eps: float) -> None:
     shape = geometry(norm)
     inside = shape.project(delta, eps)
@@ -284,7 +284,7 @@ def test_projection_on_the_ball(delta: Tensor, norm: str, eps: float) -> None:
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(deltas(), st.sampled_from(["linf", "l2"]))
+@given(deltas(), st.sampled_from(["linf", "l2", "l1"]))
 def test_the_steepest_direction_has_length_one_and_gains_most(gradient: Tensor, norm: str) -> None:
     shape = geometry(norm)
     direction = shape.steepest(gradient)

@@ -154,6 +154,9 @@ def test_an_image_without_a_candidate_comes_back_as_it_was() -> None:
         lonely = y == 0 if len(candidates[0]) else y >= 0
         assert torch.equal(x_adv[lonely], x[lonely])
     assert torch.equal(feature_matching(model, x[:1], y[:1], features=nn.Identity()), x[:1])
+    # Nor is an image that is misclassified a candidate for itself: alone, it has none.
+    wrong = y[1:2]
+    assert torch.equal(feature_matching(model, x[:1], wrong, features=nn.Identity(), stop_early=False), x[:1])
 
 
 def test_features_lead_where_the_model_has_no_gradient() -> None:
@@ -292,7 +295,7 @@ def test_what_fools_the_surrogate_alone_does_not_count(linear: Any) -> None:
 def test_a_filter_hands_the_range_attack_through_and_masks_nothing() -> None:
     """Behind an exact projection whose gradient is hidden, PGD finds nothing and the range attack does."""
     generator = Curved()
-    filter = ManifoldFilter(generator, config=ProjectionConfig("lbfgs", "origin", steps=60))
+    filter = ManifoldFilter(generator, config=ProjectionConfig("lbfgs", "origin", steps=30))
     z = torch.randn(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / 3
     x = generator(z).detach()
     w = Linear(0.0).w.double()
@@ -304,7 +307,7 @@ def test_a_filter_hands_the_range_attack_through_and_masks_nothing() -> None:
         return classifier(filter(x.detach()) + 0 * x)
 
     y = torch.ones(6, dtype=torch.long)
-    settings: dict[str, Any] = {"norm": "l2", "eps": 1.0, "steps": 40}
+    settings: dict[str, Any] = {"norm": "l2", "eps": 1.0, "steps": 25}
     assert (deployed(x).argmax(1) == 1).all()
     assert not fooled(deployed(pgd(deployed, x, y, random_start=False, **settings)), y, False).any()
     found = range_attack(deployed, x, y, generator=generator, z=z, surrogate=classifier, **settings)

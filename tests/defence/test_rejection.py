@@ -207,11 +207,12 @@ def test_a_draw_is_a_filter_whose_starts_stay(randomised: RandomisedFilter) -> N
 
 def test_the_views_share_the_draws_and_never_change_the_result(randomised: RandomisedFilter) -> None:
     x = pictures(2).requires_grad_(True)
+    randomised.reseed(8)
     expected = randomised(x).detach()
     for view in randomised.views():
         seen = randomised.seen(view)
         assert isinstance(seen, RandomisedFilter)
-        randomised.reseed(3)
+        randomised.reseed(8)  # as the evaluator does, who knows the deployed filter alone
         assert torch.equal(seen(x), expected), view
     more = randomised.configured(ProjectionConfig("gd", "prior", steps=3))
     randomised.reseed(3)
