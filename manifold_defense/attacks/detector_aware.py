@@ -64,7 +64,7 @@ def detector_aware(
         raise ValueError(f"expected eps ≥ 0, steps ≥ 1, restarts ≥ 1, got {eps}, {steps}, {restarts}")
     if method not in get_args(Method):
         raise ValueError(f"method: expected one of {', '.join(get_args(Method))}, got {method!r}")
-    step_size = eps if step_size is None else step_size
+    step_size = 5 * eps / steps if step_size is None else step_size
     limit = threshold - _INSIDE * abs(threshold) if math.isfinite(threshold) else threshold
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()
