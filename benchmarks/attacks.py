@@ -9,7 +9,7 @@ the JSON, those of the other below `standard`. A peer that is not installed is l
     pip install "manifold-defense[peers]"     # torchattacks wants an old `requests`; to keep yours:
     pip install foolbox adversarial-robustness-toolbox pyautoattack && pip install --no-deps torchattacks
 
-    pgd40     PGD of 40 gradient passes at L∞ 0.15, steps of 2.5 eps / 40 (ours: of that length on average)
+    pgd40     PGD of 40 gradient passes at L∞ 0.15, steps of 2.5 eps / 40 (ours: from eps falling to 0)
     apgd40    APGD of 40 passes on cross-entropy; apgd40_dlr: on the logits' ratio
     ddn100    DDN and FMN of 100 passes: median L2 distance over all images
     cw300     C&W of 300 passes, searches on the constant included: likewise

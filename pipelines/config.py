@@ -102,6 +102,7 @@ class HardenConfig:
                 raise ValueError(f"{name}: expected in [0, 1], got {getattr(self, name)}")
 
 
+_PGD_VIEWS = ("unaware", "start", "identity", "soft", "sharp", "tangent", "exact")
 Baseline = Literal["binarise", "bit_depth", "jpeg", "blur", "noise", "nearest", "encoder"]
 
 
@@ -130,9 +131,14 @@ class EvaluateConfig:
     filter: str = ""
     attacks: tuple[AttackConfig, ...] = (
         AttackConfig("noise", steps=10),
-        AttackConfig("fgsm"),
-        AttackConfig("pgd", steps=20, restarts=2, loss="both"),
-        AttackConfig("cw", steps=30, restarts=3, views=("exact",)),
+        AttackConfig("fgsm", views=("unaware", "exact")),
+        AttackConfig("pgd", steps=20, restarts=2, loss="both", views=_PGD_VIEWS),
+        AttackConfig("apgd", steps=30, loss="dlr", targets=3, views=("exact",)),
+        AttackConfig("fmn", steps=40, views=("exact",)),
+        AttackConfig("feature_matching", steps=20, views=("exact",)),
+        AttackConfig("range", steps=40),
+        AttackConfig("detector_aware", steps=30, views=("exact",)),
+        AttackConfig("square", steps=300),
     )
 
     def __post_init__(self) -> None:
