@@ -19,6 +19,7 @@ from gan.inversion import EncoderConfig
 from gan.training import GanConfig
 from manifold_defense.classifiers import ArchitectureConfig
 from manifold_defense.evaluation import AttackConfig
+from manifold_defense.evaluation.suite import ViewName
 from manifold_defense.hardening.training import TrainingConfig
 from manifold_defense.projection import ProjectionConfig
 from manifold_defense.types import Ball, Threat
@@ -102,7 +103,7 @@ class HardenConfig:
                 raise ValueError(f"{name}: expected in [0, 1], got {getattr(self, name)}")
 
 
-_PGD_VIEWS = ("unaware", "start", "identity", "soft", "sharp", "tangent", "exact")
+_PGD_VIEWS: tuple[ViewName, ...] = ("unaware", "start", "identity", "soft", "sharp", "tangent", "exact")
 Baseline = Literal["binarise", "bit_depth", "jpeg", "blur", "noise", "nearest", "encoder"]
 
 

@@ -112,8 +112,12 @@ SPECS: dict[str, Spec] = {
     "fmn": Spec(attacks.fmn, (*_BALLS, "l0")),
     "deepfool": Spec(attacks.deepfool, _BOTH),
     "jsma": Spec(attacks.jsma, ("l0",), None),
-    "pgd_l0": Spec(attacks.pgd_l0, ("l0",), restarts="restarts", losses=("ce", "margin"), stops_early=True),
-    "patch": Spec(attacks.patch, ("patch",), restarts="restarts", losses=("ce", "margin"), stops_early=True),
+    "pgd_l0": Spec(
+        attacks.pgd_l0, ("l0",), restarts="restarts", losses=("ce", "margin", "both"), stops_early=True
+    ),
+    "patch": Spec(
+        attacks.patch, ("patch",), restarts="restarts", losses=("ce", "margin", "both"), stops_early=True
+    ),
     "feature_matching": Spec(
         attacks.feature_matching, _BOTH, restarts="restarts", stops_early=True, knows=_features
     ),
@@ -142,8 +146,8 @@ class AttackConfig:
     steps      gradient passes; for noise and corruption the draws, for square and hop_skip_jump
                the queries of the model
     restarts   of those that have some; for cw the searches on its constant
-    loss       that is climbed: ce, margin, dlr, or (pgd) both, which is ce and margin by turns, a
-               restart each
+    loss       that is climbed: ce, margin, dlr, or both, which is ce and margin by turns, a restart
+               each
     targets    of apgd: how many of the most likely wrong classes are aimed at, each in a run of its
                own (0: none, the attack is untargeted)
     views      in which a filter is attacked: through a gradient of its own (see `ManifoldFilter`;
