@@ -35,7 +35,12 @@ def at_home(finished, tmp_path, monkeypatch):
     for name in ("INPUT", "PATH/train/a", "PATH/train/b", "PATH/test/a", "PATH/test/b"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("L", (8, 8), 90).save(tmp_path / name / "grey.png")
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n\n\ndef classifier():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -44,7 +49,8 @@ def test_a_command_works(at_home, command):
     # Whole runs are tested elsewhere, on small settings; here, that they would start.
     trains = name in ("run", "harden")
     more = ["--dry-run"] if trains and "--dry-run" not in command else []
-    small = settings() if name in ("run", "harden", "stages") and "--config" not in command else []
+    sized = name in ("run", "harden", "stages", "evaluate") and "--config" not in command
+    small = settings() if sized else []
     result = invoke(*command, *more, *small)
     assert result.exit_code == 0, result.output
 
