@@ -4,11 +4,12 @@
         --classifier plain=zoo/mnist/undefended --classifier hardened=zoo/mnist/classifier \\
         --data mnist --set data.root=PATH --images 200 --json robustness.json
 
-Attacks run from cheap to dear, and only images that survived go on: noise, PGD that knows the
-classifier alone, PGD of `--approximate-steps` through the views that approximate, of `--steps`
-through the exact one; at the end each meets the images that broke the others. Views of a preset with
-several restarts are those of its first restart alone, which is one of the deployed ones: a step
-through all ten of the reference costs ten times as much. Baselines stand beside the filters.
+Attacks run from cheap to dear, and only images that survived go on: PGD that knows the classifier
+alone, PGD of `--approximate-steps` through the views that approximate, of `--steps` through the
+exact one, Square, which needs no gradient; at the end each meets the images that broke the others.
+Views of a preset with several restarts are those of its first restart alone, which is one of the
+deployed ones: a step through all ten of the reference costs ten times as much. Baselines stand
+beside the filters.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ from manifold_defense import (
 )
 from manifold_defense.evaluation import AttackConfig, Defence, Evaluation, evaluate, in_batches
 from manifold_defense.evaluation.baselines import Binarise, Blur, Jpeg, Preprocessed
+from manifold_defense.evaluation.suite import ViewName
 from manifold_defense.types import Norm
 from pipelines.config import load_config
 from pipelines.data import load_data, subset, to_float
 
 THREATS = ("linf:0.3", "l2:2.5", "l2:1.5", "linf:0.1")
 BASELINES = {"binarised": Binarise, "jpeg": Jpeg, "blurred": Blur}
-# What is left after each of these stands in the table.
-KINDS = {
-    "noise": ("deployed",),
+# The views of each kind of attack; what is left after each stands in the table.
+KINDS: dict[str, tuple[ViewName, ...]] = {
     "unaware": ("unaware",),
     "approximate": ("start", "identity", "soft", "sharp", "tangent", "implicit"),
     "exact": ("exact",),
-    "transfer": ("transfer",),
+    "queries": ("deployed",),
 }
 
 
@@ -63,12 +64,13 @@ def make_defences(model: nn.Module, filter: ManifoldFilter, presets: tuple[str, 
     return defences
 
 
-def make_attacks(steps: int, approximate_steps: int, restarts: int) -> list[AttackConfig]:
-    loss: Any = "both" if restarts > 1 else "ce"
-    pgd = AttackConfig("pgd", steps, restarts, loss, views=("unaware", "exact"))
-    # The cheap ones climb the margin: rows of two strengths then have two names.
-    cheap = AttackConfig("pgd", approximate_steps, restarts, "margin", views=KINDS["approximate"])  # type: ignore[arg-type]
-    return [AttackConfig("noise", steps=10), cheap, pgd]
+def make_attacks(steps: int, approximate_steps: int, restarts: int, queries: int) -> list[AttackConfig]:
+    """Cheap ones climb the margin, so that rows of the two strengths of PGD have two names."""
+    return [
+        AttackConfig("pgd", approximate_steps, restarts, "margin", views=KINDS["approximate"]),
+        AttackConfig("pgd", steps, restarts, "both" if restarts > 1 else "ce", views=("unaware", "exact")),
+        AttackConfig("square", steps=queries),
+    ]
 
 
 def line(evaluation: Evaluation, defence: str, threat: Threat) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def line(evaluation: Evaluation, defence: str, threat: Threat) -> dict[str, Any]
     own = [r for r in rows if (r.norm, r.eps) == (threat.norm, threat.eps)]
     worst = next(r for r in own if r.attack == "worst")
     after = {"clean": rows[0].robust_accuracy}
-    for kind, views in KINDS.items():
+    for kind, views in {**KINDS, "transfer": ("transfer",)}.items():
         left = [r.robust_accuracy for r in own if r.view in views]
         if left:
             after[kind] = min(left)
@@ -106,6 +108,7 @@ def line(evaluation: Evaluation, defence: str, threat: Threat) -> dict[str, Any]
 @click.option("--steps", default=40, type=click.IntRange(min=1), help="Of PGD through the exact view.")
 @click.option("--approximate-steps", default=10, type=click.IntRange(min=1), help="And through the others.")
 @click.option("--restarts", default=2, type=click.IntRange(min=1))
+@click.option("--queries", default=300, type=click.IntRange(min=1), help="Of Square, without gradients.")
 @click.option("--batch", default=100, type=click.IntRange(min=1))
 @click.option("--json", "output", type=click.Path(path_type=Path))
 def main(
@@ -119,6 +122,7 @@ def main(
     steps: int,
     approximate_steps: int,
     restarts: int,
+    queries: int,
     batch: int,
     output: Path | None,
 ) -> None:
@@ -138,7 +142,7 @@ def main(
             started = time.perf_counter()
             evaluation = evaluate(
                 defences,
-                make_attacks(steps, approximate_steps, restarts),
+                make_attacks(steps, approximate_steps, restarts, queries),
                 [threat],
                 x,
                 y,
@@ -157,6 +161,7 @@ def main(
                     "steps": steps,
                     "approximate_steps": approximate_steps,
                     "restarts": restarts,
+                    "queries": queries,
                     "rows": table,
                 }
                 output.write_text(json.dumps(facts) + "\n", encoding="utf-8")
