@@ -250,8 +250,8 @@ def test_gradients_that_are_not_finite_are_no_direction() -> None:
         (pgd_l0, {"steps": 0}, "steps"),
         (sparse_rs, {"restarts": 0}, "restarts"),
         (patch, {"locations": 0}, "locations"),
-        (pgd_l0, {"loss": "dlr"}, "loss: expected ce or margin"),
-        (patch, {"loss": "dlr"}, "loss: expected ce or margin"),
+        (pgd_l0, {"loss": "mse"}, "loss: expected ce, margin or dlr"),
+        (patch, {"loss": "mse"}, "loss: expected ce, margin or dlr"),
         (sparse_rs, {"initial_share": 2.0}, "initial_share"),
     ],
 )

@@ -429,6 +429,7 @@ def test_an_image_folder_goes_through_the_whole_pipeline(tmp_path, monkeypatch):
     more = ("data.name=image_folder", f"data.root={tmp_path / 'photos'}", "data.image_size=16", "run=photos")
     more += ("data.train_images=0", "data.test_images=0", "gan.images=128", "encoder.images=128")
     more += ("classifier.training.images=640", "harden.training.images=128", "project.images=4")
+    more += ("evaluate.baselines=[]", "evaluate.reject=0", "evaluate.checks=0")
     result = invoke("run", *settings(*more))
     assert result.exit_code == 0, result.output
     table = rows(tmp_path / "runs" / "photos")
