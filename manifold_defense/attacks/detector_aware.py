@@ -9,8 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from manifold_defense.attacks.lagrange import column, raised, unit
-from manifold_defense.attacks.norms import geometry
+from manifold_defense.attacks.lagrange import raised, unit
+from manifold_defense.attacks.norms import column, geometry
 from manifold_defense.attacks.objective import (
     clearly,
     evaluation_mode,
@@ -95,8 +95,8 @@ def detector_aware(
                 weight = raised(multiplier[active], violation, _AUGMENTED)
                 multiplier[active] = raised(multiplier[active], violation, _ASCENT)
                 direction = _combined(method, unit(climb), unit(leak), weight, wrong & ~passes)
-                moved = at + step_size * (1 - step / steps) * shape.climb(direction, at, _BOX)
-                current[active] = shape.place(clean, moved, eps, _BOX)
+                length = step_size * (1 - step / steps)
+                current[active] = shape.step(clean, at, direction, length, eps, _BOX)
                 if stop_early:
                     found[active] |= clearly(margin, logits) & passes
                     active = active[~found[active]]

@@ -78,8 +78,8 @@ def feature_matching(
                 if step < steps:
                     aim = order[active, restart % available[active]]
                     pull = -_gradient(features, at, goals[aim]).nan_to_num(0, 0, 0)
-                    moved = at + step_size * (1 - step / steps) * shape.climb(pull, at, _BOX)
-                    current[active] = shape.place(clean, moved, eps, _BOX)
+                    length = step_size * (1 - step / steps)
+                    current[active] = shape.step(clean, at, pull, length, eps, _BOX)
                 if stop_early:
                     found[active] |= clearly(margin, logits)
                     active = active[~found[active]]

@@ -25,8 +25,3 @@ def unit(gradient: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
     direction: Tensor = (scaled / length.clamp(min=1e-12)).view_as(gradient)
     return direction
-
-
-def column(values: Tensor, like: Tensor) -> Tensor:
-    """(N,) shaped to be multiplied with (N, ...)."""
-    return values.view(-1, *[1] * (like.dim() - 1))

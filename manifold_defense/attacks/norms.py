@@ -14,17 +14,12 @@ from torch import Tensor
 Bounds = tuple[float, float]
 Length = float | Tensor  # in pixels, of all steps or of each, (N, 1, 1, 1)
 
-# The largest entries of a gradient, as a share of all, along which an attack steps in L1.
-_SHARE = 0.05
-
 
 class Geometry(NamedTuple):
     size: Callable[[Tensor], Tensor]  # ‖δ‖ of each image, (N,)
     steepest: Callable[[Tensor], Tensor]  # the δ with ‖δ‖ = 1 that gains most along a gradient
     project: Callable[[Tensor, float], Tensor]  # the nearest δ with ‖δ‖ ≤ eps
     sample: Callable[[Tensor, float, torch.Generator], Tensor]  # δ uniform in the ball of radius eps
-    # (gradient, at, bounds): a step of length 1 that is worth taking from the images `at` in the box
-    climb: Callable[[Tensor, Tensor, Bounds], Tensor]
     # (clean, moved, eps, bounds): an image in the box and in the ball around `clean`, near `moved`
     place: Callable[[Tensor, Tensor, float, Bounds], Tensor]
     # (clean, at, gradient, length, eps, bounds): where a step of `length` up the gradient leads from
@@ -106,24 +101,6 @@ def free(gradient: Tensor, at: Tensor, bounds: Bounds) -> Tensor:
     return gradient.masked_fill(blocked, 0)
 
 
-def sparse_sign(gradient: Tensor, share: Tensor) -> Tensor:
-    """Signs of the largest entries, a `share` (N,) of all, of length 1 in L1 (Tramèr & Boneh 2019, SLIDE).
-
-    The one-coordinate step that is steepest in L1 would take as many steps as pixels are to change.
-    """
-    flat = gradient.flatten(1)
-    if flat.numel() == 0:
-        return gradient
-    count = (share * flat.shape[1]).long().clamp(1, flat.shape[1])
-    least = flat.abs().sort(dim=1, descending=True).values.gather(1, count.unsqueeze(1) - 1)
-    signs = torch.where(flat.abs() >= least, flat.sign(), 0)
-    return (signs / signs.abs().sum(1, keepdim=True).clamp(min=1)).view_as(gradient)
-
-
-def _l1_climb(gradient: Tensor, at: Tensor, bounds: Bounds) -> Tensor:
-    return sparse_sign(free(gradient, at, bounds), at.new_full((len(at),), _SHARE))
-
-
 def _box_then_ball(project: Callable[[Tensor, float], Tensor]) -> Callable[..., Tensor]:
     """Placing in the box first: a projection that only shrinks δ cannot leave it, and spends all of eps."""
 
@@ -162,14 +139,23 @@ def _l1_step(
     return torch.where(known, at + share * (corner - at), at).clamp(*bounds)
 
 
-def _climb_and_place(norm: str) -> Callable[..., Tensor]:
-    def step(
-        clean: Tensor, at: Tensor, gradient: Tensor, length: Length, eps: float, bounds: Bounds
-    ) -> Tensor:
-        shape = GEOMETRIES[norm]
-        return shape.place(clean, at + length * shape.climb(gradient, at, bounds), eps, bounds)
+def _linf_step(
+    clean: Tensor, at: Tensor, gradient: Tensor, length: Length, eps: float, bounds: Bounds
+) -> Tensor:
+    return _linf_place(clean, at + length * gradient.sign(), eps, bounds)
 
-    return step
+
+def _linf_place(clean: Tensor, moved: Tensor, eps: float, bounds: Bounds) -> Tensor:
+    return (clean + (moved - clean).clamp(-eps, eps)).clamp(*bounds)
+
+
+def _l2_step(
+    clean: Tensor, at: Tensor, gradient: Tensor, length: Length, eps: float, bounds: Bounds
+) -> Tensor:
+    return _l2_place(clean, at + length * _l2_steepest(free(gradient, at, bounds)), eps, bounds)
+
+
+_l2_place = _box_then_ball(_l2_project)
 
 
 GEOMETRIES = {
@@ -178,25 +164,22 @@ GEOMETRIES = {
         steepest=torch.sign,
         project=lambda delta, eps: delta.clamp(-eps, eps),
         sample=lambda like, eps, rng: eps * (2 * torch.rand(like.shape, generator=rng).to(like) - 1),
-        climb=lambda gradient, at, bounds: gradient.sign(),
-        place=lambda clean, moved, eps, bounds: (clean + (moved - clean).clamp(-eps, eps)).clamp(*bounds),
-        step=_climb_and_place("linf"),
+        place=_linf_place,
+        step=_linf_step,
     ),
     "l2": Geometry(
         size=_l2,
         steepest=_l2_steepest,
         project=_l2_project,
         sample=_l2_sample,
-        climb=lambda gradient, at, bounds: _l2_steepest(free(gradient, at, bounds)),
-        place=_box_then_ball(_l2_project),
-        step=_climb_and_place("l2"),
+        place=_l2_place,
+        step=_l2_step,
     ),
     "l1": Geometry(
         size=_l1,
         steepest=_l1_steepest,
         project=_l1_project,
         sample=_l1_sample,
-        climb=_l1_climb,
         place=_box_then_ball(_l1_project),
         step=_l1_step,
     ),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manifold_defense.attacks.lagrange import column, unit
-from manifold_defense.attacks.norms import geometry
+from manifold_defense.attacks.lagrange import unit
+from manifold_defense.attacks.norms import column, geometry
 from manifold_defense.attacks.objective import clearly, evaluation_mode, fooled, logits_and_gradient, margins
 from manifold_defense.projection.config import ProjectionConfig
 from manifold_defense.projection.solvers import SOLVERS

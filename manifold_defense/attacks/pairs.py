@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from manifold_defense.attacks.lagrange import column, raised, unit
-from manifold_defense.attacks.norms import geometry
+from manifold_defense.attacks.lagrange import raised, unit
+from manifold_defense.attacks.norms import column, geometry
 from manifold_defense.attacks.objective import evaluation_mode, logits_and_gradient, margins
 from manifold_defense.attacks.on_range import range_attack
 from manifold_defense.projection.config import ProjectionConfig
