@@ -53,7 +53,7 @@ class Subject:
     threat: Threat
     x: Tensor
     y: Tensor
-    steps: int = 20
+    steps: int = 15
     seed: int = 0
     _kept: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
@@ -63,7 +63,7 @@ class Subject:
         return self.defence.attacked[list(self.defence.attacked)[-1]]
 
     def adversarial(self, attack: str = "pgd", view: str | None = None, scale: float = 1.0) -> Tensor:
-        """Images after noise, fgsm, square or pgd, on the margin, at `scale` times eps."""
+        """Images after noise, fgsm, square or pgd (two restarts, both losses), at `scale` times eps."""
         key = (attack, view, scale)
         if key not in self._kept:
             norm, eps = self.threat.norm, self.threat.eps * scale
@@ -72,7 +72,7 @@ class Subject:
             if attack == "noise":
                 made = noise(deployed, self.x, self.y, norm=norm, eps=eps, seed=self.seed)
             elif attack == "square":
-                made = square(deployed, self.x, self.y, norm=norm, eps=eps, steps=300, seed=self.seed)
+                made = square(deployed, self.x, self.y, norm=norm, eps=eps, steps=200, seed=self.seed)
             elif attack == "fgsm":
                 made = fgsm(model, self.x, self.y, norm=norm, eps=eps, loss="margin")
             else:
@@ -83,7 +83,8 @@ class Subject:
                     norm=norm,
                     eps=eps,
                     steps=self.steps,
-                    loss="margin",
+                    restarts=2,
+                    loss="both",
                     stop_early=view != "unaware",
                     seed=self.seed,
                 )
@@ -217,7 +218,7 @@ def black_box(s: Subject) -> Check:
     missed = s.robust(s.adversarial("pgd")) & ~s.robust(s.adversarial("square"))
     share = float(missed.float().mean())
     words = f"an attack without gradients breaks {share:.0%} of the images that PGD cannot"
-    return s.verdict("black box", share, share <= _TOLERANCE, words)
+    return s.verdict("black box", share, share <= 2 * _TOLERANCE, words)
 
 
 def path(s: Subject) -> Check:
@@ -275,7 +276,7 @@ CHECKS: tuple[Callable[[Subject], Check], ...] = (
 
 
 def examine(
-    defence: Defence, threat: Threat, x: Tensor, y: Tensor, *, steps: int = 20, seed: int = 0
+    defence: Defence, threat: Threat, x: Tensor, y: Tensor, *, steps: int = 15, seed: int = 0
 ) -> list[Check]:
     """All checks of one defence on images (N, C, H, W) with labels (N,), some dozens.
 

@@ -33,7 +33,7 @@ from manifold_defense.rejection import RejectingClassifier, roc, threshold_at
 from manifold_defense.types import Threat
 from pipelines.board import Strip, predictions, save_figure, strips
 from pipelines.context import Context
-from pipelines.data import to_float
+from pipelines.data import subset, to_float
 from pipelines.own import load_own
 from pipelines.stage import StageError
 from pipelines.stages.project import load_parts
@@ -169,17 +169,24 @@ def _baselines(context: Context, classifier: nn.Module, filter: ManifoldFilter) 
 
 
 def _rejecting(context: Context, classifier: nn.Module, filter: ManifoldFilter) -> list[Defence]:
-    """The filter that refuses what it cannot draw, its threshold set on training images."""
-    rate = context.config.evaluate.reject
-    if not rate:
+    """The filter that refuses what it cannot draw, its threshold set on images that are not reported.
+
+    They are test images beyond those that are attacked: the generator draws the training images better.
+    Where too few are left, training images have to do, and more than `reject` will be refused.
+    """
+    config, data = context.config.evaluate, context.data
+    if not config.reject:
         return []
-    images = to_float(context.data.train.images[:_CALIBRATION].to(context.fabric.device))
+    attacked = config.images or len(data.test.labels)
+    rest = subset(data.test, len(data.test.labels)).images[attacked:]
+    pixels = rest if len(rest) >= 100 else data.train.images
+    images = to_float(pixels[:_CALIBRATION].to(context.fabric.device))
     errors = torch.cat([filter.project(part).error for part in images.split(100)])
-    rejecting = RejectingClassifier(filter, classifier, threshold_at(errors, rate))
+    rejecting = RejectingClassifier(filter, classifier, threshold_at(errors, config.reject))
     return [Defence.filtered("filter+reject", rejecting)]
 
 
-_CALIBRATION = 500  # training images on which a threshold is set
+_CALIBRATION = 500  # images on which a threshold is set
 _DRAWS = 10  # of a randomised baseline, for each verdict and each averaged gradient
 
 
