@@ -7,6 +7,7 @@
 Attacks run from cheap to dear, and only images that survived go on: PGD that knows the classifier
 alone, PGD of `--approximate-steps` through the views that approximate, of `--steps` through the
 exact one, Square, which needs no gradient; at the end each meets the images that broke the others.
+Threats beyond a ball, such as `--threat patch:7`, meet the attacks that are for them.
 Views of a preset with several restarts are those of its first restart alone, which is one of the
 deployed ones: a step through all ten of the reference costs ten times as much. Baselines stand
 beside the filters.
@@ -69,7 +70,11 @@ def make_attacks(steps: int, approximate_steps: int, restarts: int, queries: int
     return [
         AttackConfig("pgd", approximate_steps, restarts, "margin", views=KINDS["approximate"]),
         AttackConfig("pgd", steps, restarts, "both" if restarts > 1 else "ce", views=("unaware", "exact")),
+        AttackConfig("pgd_l0", steps, restarts, views=("unaware", "exact")),
+        AttackConfig("patch", approximate_steps, restarts, views=("unaware", "exact")),
         AttackConfig("square", steps=queries),
+        AttackConfig("sparse_rs", steps=queries),
+        AttackConfig("corruption", steps=3),
     ]
 
 
