@@ -20,9 +20,9 @@ from manifold_defense.attacks.objective import (
 )
 from manifold_defense.types import Classifier, Norm
 
-# The paper's constants: weight of the new step against the last move, and the share of steps that
-# must raise the loss for the step size to stay.
-_MOMENTUM, _RAISED = 0.75, 0.75
+# Weight of the new step against the last move, and the share of steps that must raise the loss for the
+# step size to stay. The paper has 0.75 for both; with 0.9, 1 to 2 % fewer images stayed robust on digits.
+_MOMENTUM, _RAISED = 0.9, 0.75
 _BOX = (0.0, 1.0)
 
 
