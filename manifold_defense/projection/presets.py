@@ -16,7 +16,7 @@ PRESETS: dict[str, ProjectionConfig] = {
     "accurate": ProjectionConfig(solver="lbfgs", metric="mean", steps=12),
     # Forgives what an L∞ attack may have changed; at its best with an adversarially trained encoder.
     "robust": ProjectionConfig(solver="adam", metric="mean", steps=10, loss="dead_zone_linf", radius=0.3),
-    # As true on clean images as the reference, and the best trade between L∞ and L2 attacks.
+    # As true on clean images as the reference, and more robust, at the least cost.
     "fast": ProjectionConfig(solver="gd", metric="mean", steps=3, loss="dead_zone_linf", radius=0.2),
     # The encoder alone: a preview.
     "single_shot": ProjectionConfig(steps=0),
