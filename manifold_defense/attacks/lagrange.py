@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from manifold_defense.attacks.norms import geometry
 
 
 def raised(multiplier: Tensor, violation: Tensor, rate: float) -> Tensor:
@@ -19,9 +20,4 @@ def raised(multiplier: Tensor, violation: Tensor, rate: float) -> Tensor:
 def unit(gradient: Tensor) -> Tensor:
     """Each image's gradient (N, ...) at Euclidean length 1, so that neither the scale of the logits nor
     that of the constraint matters; zero, and what is not finite, stays zero."""
-    flat = gradient.nan_to_num(0, 0, 0).flatten(1)
-    largest = flat.abs().amax(1, keepdim=True) if flat.numel() else flat[:, :1]
-    scaled = flat / torch.where(largest > 0, largest, 1.0)
-    length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-    direction: Tensor = (scaled / length.clamp(min=1e-12)).view_as(gradient)
-    return direction
+    return geometry("l2").steepest(gradient.nan_to_num(0, 0, 0))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from manifold_defense.attacks.ascent import ascend
 from manifold_defense.attacks.norms import geometry
-from manifold_defense.attacks.objective import clearly, evaluation_mode, logits_and_gradient, margins
+from manifold_defense.attacks.objective import evaluation_mode, logits_and_gradient
 from manifold_defense.types import Classifier, Norm
 
 
@@ -32,50 +33,37 @@ def pgd(
     Returns, of all iterates and the clean image, the one with the highest margin `max_{i≠y} Z_i − Z_y`;
     always inside the ball and `bounds`. `loss` is what the steps climb: `ce`, `margin`, `dlr`, or `both`,
     which alternates the first two between restarts. `step_size` is that of the first step, in pixels,
-    and falls linearly to zero; by default eps: shorter first steps stop at the first flat place, which
-    behind a filter left up to a third more images. With `stop_early` an image leaves the batch once it
-    clearly fools the model; without, its margin is raised to the end, as a transfer attack needs.
+    and falls linearly to zero; by default eps: shorter first steps stop at the first flat place, and
+    behind a filter leave up to twice as many images (docs/results.md). With `stop_early` an image
+    leaves the batch once it clearly fools the model; without, its margin is raised to the end, as a
+    transfer attack needs.
     """
     shape = geometry(norm)
-    if not eps >= 0 or steps < 1 or restarts < 1:
-        raise ValueError(f"expected eps ≥ 0, steps ≥ 1, restarts ≥ 1, got {eps}, {steps}, {restarts}")
-    climbed = ("ce", "margin") if loss == "both" else (loss,)
-    step_size = eps if step_size is None else step_size
+    if not eps >= 0:
+        raise ValueError(f"expected eps ≥ 0, got {eps}")
+    longest = eps if step_size is None else step_size
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()
-    best = x.clone()
 
-    with evaluation_mode(model):
-        with torch.no_grad():
-            logits = model(x)
-        best_margin = margins(logits, y, targeted)
-        found = clearly(best_margin, logits)
-        for restart in range(restarts):
-            start = shape.sample(x, eps, rng) if random_start else torch.zeros_like(x)
-            current = (x + shape.project(start, eps)).clamp(*bounds)
-            active = (~found if stop_early else torch.ones_like(found)).nonzero().squeeze(1)
-            for step in range(steps + 1):
-                if len(active) == 0:
-                    break
-                at, clean, label = current[active], x[active], y[active]
-                if step < steps:
-                    value = climbed[restart % len(climbed)]
-                    logits, gradient = logits_and_gradient(model, at, label, value, targeted)
-                else:
-                    with torch.no_grad():
-                        logits = model(at)
-                margin = margins(logits, label, targeted)
-                better = margin > best_margin[active]
-                best[active[better]], best_margin[active[better]] = at[better], margin[better]
-                if step < steps:
-                    # Where the gradient is not finite there is no direction; the next restart may differ.
-                    up, length = gradient.nan_to_num(0, 0, 0), step_size * (1 - step / steps)
-                    current[active] = shape.step(clean, at, up, length, eps, bounds)
-                if stop_early:
-                    # Just over the boundary, another batch's rounding could bring the image back.
-                    found[active] |= clearly(margin, logits)
-                    active = active[~found[active]]
-    return best
+    def start() -> Tensor:
+        delta = shape.sample(x, eps, rng) if random_start else torch.zeros_like(x)
+        return (x + shape.project(delta, eps)).clamp(*bounds)
+
+    def move(clean: Tensor, at: Tensor, gradient: Tensor, left: float) -> Tensor:
+        return shape.step(clean, at, gradient, longest * left, eps, bounds)
+
+    return ascend(
+        model,
+        x,
+        y,
+        start,
+        move,
+        steps=steps,
+        restarts=restarts,
+        loss=loss,
+        targeted=targeted,
+        stop_early=stop_early,
+    )
 
 
 def fgsm(

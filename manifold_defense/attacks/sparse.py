@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from manifold_defense.attacks.objective import clearly, evaluation_mode, logits_and_gradient, margins
+from manifold_defense.attacks.ascent import ascend
 from manifold_defense.attacks.random_search import Draw, random_search
 from manifold_defense.types import Classifier, Norm
 
@@ -41,42 +41,31 @@ def pgd_l0(
     in `pgd`. Blind where gradients are masked: `sparse_rs` is for that.
     """
     count = _pixels(norm, eps)
-    if steps < 1 or restarts < 1:
-        raise ValueError(f"expected steps ≥ 1, restarts ≥ 1, got {steps}, {restarts}")
-    climbed = ("ce", "margin") if loss == "both" else (loss,)
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()
-    best = x.clone()
-    with evaluation_mode(model):
-        with torch.no_grad():
-            logits = model(x)
-        best_margin = margins(logits, y, targeted)
-        found = clearly(best_margin, logits) & stop_early
-        for restart in range(restarts):
-            places = torch.rand(len(x), *x.shape[2:], generator=rng).to(x)
-            values = torch.rand(x.shape, generator=rng).to(x)
-            current = torch.where(_first(places, count), values, x)
-            for step in range(steps + 1):
-                active = (~found).nonzero().squeeze(1)
-                if len(active) == 0:
-                    return best
-                at, label = current[active], y[active]
-                if step < steps:
-                    value = climbed[restart % len(climbed)]
-                    logits, gradient = logits_and_gradient(model, at, label, value, targeted)
-                    gradient = gradient.nan_to_num(0, 0, 0)
-                    largest = gradient.abs().amax((1, 2, 3), keepdim=True)
-                    direction = gradient / torch.where(largest > 0, largest, 1.0)
-                    moved = at + step_size * (1 - step / steps) * direction
-                    current[active] = _nearest_sparse(moved, x[active], count)
-                else:
-                    with torch.no_grad():
-                        logits = model(at)
-                margin = margins(logits, label, targeted)
-                better = margin > best_margin[active]
-                best[active[better]], best_margin[active[better]] = at[better], margin[better]
-                found[active] |= clearly(margin, logits) & stop_early
-    return best
+
+    def start() -> Tensor:
+        places = torch.rand(len(x), *x.shape[2:], generator=rng).to(x)
+        values = torch.rand(x.shape, generator=rng).to(x)
+        return torch.where(_first(places, count), values, x)
+
+    def move(clean: Tensor, at: Tensor, gradient: Tensor, left: float) -> Tensor:
+        largest = gradient.abs().amax((1, 2, 3), keepdim=True)
+        direction = gradient / torch.where(largest > 0, largest, 1.0)
+        return _nearest_sparse(at + step_size * left * direction, clean, count)
+
+    return ascend(
+        model,
+        x,
+        y,
+        start,
+        move,
+        steps=steps,
+        restarts=restarts,
+        loss=loss,
+        targeted=targeted,
+        stop_early=stop_early,
+    )
 
 
 def sparse_rs(

@@ -1,0 +1,66 @@
+"""Ascent along the gradient, from several starts, in whatever geometry: what PGD in all norms shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from manifold_defense.attacks.objective import clearly, evaluation_mode, logits_and_gradient, margins
+from manifold_defense.types import Classifier
+
+
+def ascend(
+    model: Classifier,
+    x: Tensor,
+    y: Tensor,
+    start: Callable[[], Tensor],
+    move: Callable[[Tensor, Tensor, Tensor, float], Tensor],
+    *,
+    steps: int,
+    restarts: int,
+    loss: str,
+    targeted: bool,
+    stop_early: bool,
+) -> Tensor:
+    """From images (N, C, H, W) with labels y (N,), the iterate of the highest margin, the clean one included.
+
+    `start()` gives the images (N, C, H, W) where a restart begins. `move(clean, at, gradient, left)`
+    gives the next ones of those (M, C, H, W) that are still climbing, inside the threat; `left` falls
+    linearly from 1 to 0 over the steps. `loss` `both` climbs `ce` and `margin` by turns, a restart each.
+    With `stop_early` an image leaves the batch once it clearly fools the model.
+    """
+    if steps < 1 or restarts < 1:
+        raise ValueError(f"expected steps ≥ 1, restarts ≥ 1, got {steps}, {restarts}")
+    climbed = ("ce", "margin") if loss == "both" else (loss,)
+    x = x.detach()
+    best = x.clone()
+    with evaluation_mode(model):
+        with torch.no_grad():
+            logits = model(x)
+        best_margin = margins(logits, y, targeted)
+        # Just over the boundary, another batch's rounding could bring the image back.
+        found = clearly(best_margin, logits) & stop_early
+        for restart in range(restarts):
+            current = start()
+            active = (~found).nonzero().squeeze(1)
+            for step in range(steps + 1):
+                if len(active) == 0:
+                    break
+                at, label = current[active], y[active]
+                if step < steps:
+                    value = climbed[restart % len(climbed)]
+                    logits, gradient = logits_and_gradient(model, at, label, value, targeted)
+                    # Where the gradient is not finite there is no direction; the next restart may differ.
+                    up = gradient.nan_to_num(0, 0, 0)
+                    current[active] = move(x[active], at, up, 1 - step / steps)
+                else:
+                    with torch.no_grad():
+                        logits = model(at)
+                margin = margins(logits, label, targeted)
+                better = margin > best_margin[active]
+                best[active[better]], best_margin[active[better]] = at[better], margin[better]
+                found[active] |= clearly(margin, logits) & stop_early
+                active = active[~found[active]]
+    return best
