@@ -115,8 +115,8 @@ class EvaluateConfig:
     baselines   preprocessing in front of the plain classifier, beside the filter
     reject      share of clean images that the filter with a reject option may refuse (0: no such defence)
     checks      images on which the signs of masked gradients are looked for (0: none are)
-    classifier  package.module:function of your own one, which is then evaluated alone
-    filter      folder of a filter to put in front of it as well
+    classifier  package.module:function of your own one, which then takes the place of those of the run
+    filter      folder of the filter to put in front of it; without, it stands beside baselines alone
     """
 
     __pydantic_config__: ClassVar = _STRICT

@@ -11,6 +11,7 @@ None of them defends: most of what they seem to hold is masked, which is what th
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from typing import ClassVar, Self
 
 import torch
@@ -25,7 +26,7 @@ _SLOPES = {"soft": 5.0, "sharp": 20.0}
 _TEMPERATURES = {"soft": 0.5, "sharp": 0.05}
 
 
-class Preprocess(nn.Module):
+class Preprocess(nn.Module, ABC):
     """A baseline: `deployed` is what it does, `stand_in` what its gradient is taken of in a view.
 
     `exact` differentiates the deployed computation, `identity` the identity. The first of `_views`
@@ -48,12 +49,12 @@ class Preprocess(nn.Module):
         other.view = self._checked(view)
         return other
 
-    def deployed(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def deployed(self, x: Tensor) -> Tensor: ...
 
     def stand_in(self, x: Tensor) -> Tensor:
         """A differentiable imitation of `deployed`, in a view of its own; only its gradient counts."""
-        raise NotImplementedError
+        return self.deployed(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """The deployed result, with the gradient of the view."""

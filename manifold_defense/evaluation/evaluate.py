@@ -9,7 +9,7 @@ included.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from manifold_defense.attacks.norms import sizes
 from manifold_defense.attacks.objective import correct, evaluation_mode
+from manifold_defense.evaluation.checks import Check, examine
 from manifold_defense.evaluation.meter import COSTS, Meter
 from manifold_defense.evaluation.statistics import wilson
 from manifold_defense.evaluation.suite import NO_GRADIENT, AttackConfig, Defence, Job, jobs
@@ -77,14 +78,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that an evaluation found; `outcomes` are in the order in which the jobs were run."""
+    """All that an evaluation found.
+
+    `outcomes` are in the order in which the jobs were run; `checks` are those for masked gradients.
+    """
 
     mode: Mode
     n: int
     outcomes: list[tuple[Job, Outcome]]
     rows: list[Row]
-    worst: Mapping[tuple[str, Threat], Tensor] = field(default_factory=dict)  # (N,) scores
-    broken: Mapping[tuple[str, Threat], Tensor] = field(default_factory=dict)  # (B, C, H, W), what fooled it
+    checks: list[Check]
+    worst: Mapping[tuple[str, Threat], Tensor]  # (N,) scores
+    broken: Mapping[tuple[str, Threat], Tensor]  # (B, C, H, W), what first fooled it
 
     def transfers(self) -> list[dict[str, Any]]:
         """Who fools whom: of the images that broke `source`, the share that fools `target`."""
@@ -100,10 +105,6 @@ class Evaluation:
             for job, outcome in self.outcomes
             if job.source is not None and job.threat is not None and len(outcome.score)
         ]
-
-    def marked(self, masked: set[str]) -> Evaluation:
-        """The same, the rows of the named defences marked as no robustness figures."""
-        return replace(self, rows=[replace(r, masked=r.defence in masked) for r in self.rows])
 
 
 class Store(Protocol):
@@ -135,7 +136,9 @@ def attack_images(job: Job, x: Tensor, y: Tensor, seed: int, meter: Meter | None
     if job.attack is None or job.threat is None or job.view is None:
         return x
     attacked = job.defence.model if job.view == NO_GRADIENT else job.defence.attacked[job.view]
-    attack = job.attack.bind(job.threat, seed=seed, transfer=job.view == "unaware", model=attacked)
+    # Fooling the attacked model is not the end where another judges, or the same on other draws.
+    press = job.view == "unaware" or job.defence.draws > 1
+    attack = job.attack.bind(job.threat, seed=seed, press=press, model=attacked)
     with seeded(attacked, 2 * seed):
         x_adv = attack(meter.counted(attacked) if meter else attacked, x, y)
     size = sizes(job.threat.norm, x_adv - x)
@@ -170,11 +173,65 @@ def run_job(job: Job, x: Tensor, y: Tensor, seed: int) -> Outcome:
     meter = Meter(job.defence.model)
     with meter:
         x_adv = attack_images(job, x, y, seed, meter)
+    return _judged(job, x, y, x_adv, seed, meter.counts)
+
+
+def _judged(job: Job, x: Tensor, y: Tensor, x_adv: Tensor, seed: int, costs: tuple[float, ...]) -> Outcome:
+    """The verdict of the job's defence on `x_adv` (N, C, H, W), which cost `costs` to make of x."""
     prediction, score = judge(job.defence, x_adv, y, attacked=job.threat is not None, seed=seed)
     size = sizes(job.threat.norm if job.threat else "l2", x_adv - x)
-    cost = torch.tensor(meter.counts).div(max(len(x), 1)).expand(len(x), len(COSTS))
+    cost = torch.tensor(costs).div(max(len(x), 1)).expand(len(x), len(COSTS))
     parts = (torch.arange(len(x)), prediction, score, size, cost, x_adv[score == 0])
     return Outcome(*(part.detach().cpu().clone() for part in parts))
+
+
+class _Ledger:
+    """What is known so far of every defence's images, and the rows that say so."""
+
+    def __init__(self, mode: Mode) -> None:
+        self.mode = mode
+        self.clean: dict[str, Tensor] = {}  # (N,) scores
+        self.worst: dict[tuple[str, Threat], Tensor] = {}  # (N,) scores
+        self.broken: dict[tuple[str, Threat], dict[int, Tensor]] = {}  # image -> what broke it first
+        self.rows: list[Row] = []
+
+    def left(self, job: Job) -> Tensor:
+        """Which images (M,) the job is to meet: those right when clean, or still right."""
+        return (self._scores(job) if self.mode == "standard" else self.clean[job.defence.name]).nonzero()[
+            :, 0
+        ]
+
+    def pool(self, job: Job) -> dict[int, Tensor]:
+        """What broke the source of a transfer, of the images that its target gets right when clean."""
+        assert job.source is not None
+        assert job.threat is not None
+        found, right = self.broken.get((job.source, job.threat), {}), self.clean[job.defence.name] > 0
+        return {i: found[i] for i in sorted(found) if right[i]}
+
+    def enter(self, job: Job, outcome: Outcome) -> None:
+        name = job.defence.name
+        if job.threat is None:
+            self.clean[name] = outcome.score
+            self.rows.append(_row(job, outcome.score, outcome.cost.sum(0)))
+            return
+        scores = self._scores(job) if self.mode == "standard" else self.clean[name]
+        alone = _lowered(scores, outcome)
+        self.worst[name, job.threat] = _lowered(self._scores(job), outcome)
+        known = self.broken.setdefault((name, job.threat), {})
+        for i, image in zip(outcome.broken.tolist(), outcome.adversarial, strict=True):
+            known.setdefault(i, image)
+        self.rows.append(_row(job, alone, outcome.cost.sum(0)))
+
+    def _scores(self, job: Job) -> Tensor:
+        assert job.threat is not None
+        return self.worst.get((job.defence.name, job.threat), self.clean[job.defence.name])
+
+
+def _lowered(scores: Tensor, outcome: Outcome) -> Tensor:
+    """The scores (N,), no higher than what the images that were met came to."""
+    lowered = scores.clone()
+    lowered[outcome.met] = torch.minimum(lowered[outcome.met], outcome.score)
+    return lowered
 
 
 def evaluate(
@@ -185,6 +242,7 @@ def evaluate(
     y: Tensor,
     *,
     mode: Mode = "standard",
+    checks: int = 30,
     seed: int = 0,
     compute: Compute | None = None,
     store: Store | None = None,
@@ -193,90 +251,65 @@ def evaluate(
     """Every attack on every defence for every threat: images (N, C, H, W), labels (N,).
 
     Cheap attacks come before dear ones, so that in mode `standard` few images are left for the
-    latter. At the end every defence meets the images that broke the others. Names of defences must
-    differ.
+    latter. Then every defence meets the images that broke the others. At the end each is examined
+    for masked gradients on the first `checks` images (0: none is), under the first threat; the rows
+    of one that fails are marked. Names of defences must differ.
     """
     names = [defence.name for defence in defences]
     if len(set(names)) < len(names):
         raise ValueError(f"defences: expected different names, got {', '.join(names)}")
     compute = compute or in_batches(max(len(x), 1))
-    clean: dict[str, Tensor] = {}
-    worst: dict[tuple[str, Threat], Tensor] = {}
-    found: dict[tuple[str, Threat], dict[int, Tensor]] = {}  # image -> what broke it first
-    outcomes: list[tuple[Job, Outcome]] = []
-    rows: list[Row] = []
-    todo = list(jobs(defences, attacks, threats))
-    pairs = _transfers(defences, threats)
-    total = len(todo) + len(pairs)
+    todo, pairs = list(jobs(defences, attacks, threats)), _transfers(defences, threats)
+    examined = defences if checks and len(x) else ()
+    ledger, outcomes = _Ledger(mode), list[tuple[Job, Outcome]]()
+    total = len(todo) + len(pairs) + len(examined)
 
-    def meet(job: Job, met: Tensor, work: Callable[[Tensor, int], Outcome]) -> Outcome:
-        """The outcome of the images `met` (M,), from the store if it is there."""
+    def meet(job: Job, met: Tensor, work: Callable[[Tensor, int], Outcome]) -> None:
+        """Let the job meet the images `met` (M,), unless the store knows what comes of it."""
         outcome = store.get(job, met) if store is not None else None
         if outcome is None:
 
             def part(chunk: int, images: slice) -> tuple[Tensor, ...]:
-                return tuple(work(met[images], chunk))
+                return tuple(work(met[images], seed + chunk))
 
             outcome = Outcome(*compute(part, len(met))) if len(met) else _empty(x)
             outcome = outcome._replace(met=met)
             if store is not None:
                 store.put(job, outcome)
+        ledger.enter(job, outcome)
         outcomes.append((job, outcome))
         on_progress(len(outcomes), total)
-        return outcome
-
-    def settle(job: Job, outcome: Outcome) -> None:
-        """Enter what a job found into the worst of its threat, and add its row."""
-        assert job.threat is not None
-        key = (job.defence.name, job.threat)
-        left = worst[key].clone()
-        left[outcome.met] = torch.minimum(left[outcome.met], outcome.score)
-        alone = clean[job.defence.name].clone()
-        alone[outcome.met] = torch.minimum(alone[outcome.met], outcome.score)
-        for i, image in zip(outcome.broken.tolist(), outcome.adversarial, strict=True):
-            found[key].setdefault(i, image)
-        worst[key] = left
-        rows.append(_row(job, left if mode == "standard" else alone, outcome.cost.sum(0)))
 
     for job in todo:
-        name = job.defence.name
 
-        def attacked(at: Tensor, chunk: int, job: Job = job) -> Outcome:
-            return run_job(job, x[at], y[at], seed + chunk)
+        def attacked(at: Tensor, seed: int, job: Job = job) -> Outcome:
+            return run_job(job, x[at], y[at], seed)
 
-        if job.threat is None:
-            clean[name] = meet(job, torch.arange(len(x)), attacked).score
-            rows.append(_row(job, clean[name]))
-            continue
-        key = (name, job.threat)
-        worst.setdefault(key, clean[name])
-        found.setdefault(key, {})
-        met = (worst[key] if mode == "standard" else clean[name]).nonzero().squeeze(1)
-        settle(job, meet(job, met, attacked))
+        meet(job, ledger.left(job) if job.threat else torch.arange(len(x)), attacked)
     for job in pairs:
-        assert job.source is not None
-        assert job.threat is not None
-        pool = found.get((job.source, job.threat), {})
-        met = torch.tensor([i for i in sorted(pool) if clean[job.defence.name][i] > 0], dtype=torch.long)
+        pool = ledger.pool(job)
 
-        def try_on(at: Tensor, chunk: int, job: Job = job, pool: Mapping[int, Tensor] = pool) -> Outcome:
+        def tried(at: Tensor, seed: int, job: Job = job, pool: Mapping[int, Tensor] = pool) -> Outcome:
             x_adv = torch.stack([pool[i] for i in at.tolist()]).to(x)
-            return _transferred(job, x[at], y[at], x_adv, seed + chunk)
+            return _judged(job, x[at], y[at], x_adv, seed, (0.0,) * len(COSTS))
 
-        settle(job, meet(job, met, try_on))
-    rows += list(_worst_rows(defences, worst))
-    broken = {key: torch.stack(list(images.values())) for key, images in found.items() if images}
-    return Evaluation(mode, len(x), outcomes, rows, worst, broken)
+        meet(job, torch.tensor(list(pool), dtype=torch.long), tried)
 
-
-def _transferred(job: Job, x: Tensor, y: Tensor, x_adv: Tensor, seed: int) -> Outcome:
-    """The verdict of the job's defence on images (N, C, H, W) that were made for another."""
-    assert job.threat is not None
-    prediction, score = judge(job.defence, x_adv, y, attacked=True, seed=seed)
-    size = sizes(job.threat.norm, x_adv - x)
-    cost = torch.zeros(len(x), len(COSTS))
-    parts = (torch.arange(len(x)), prediction, score, size, cost, x_adv[score == 0])
-    return Outcome(*(part.detach().cpu().clone() for part in parts))
+    found: list[Check] = []
+    for done, defence in enumerate(examined, 1):
+        found += examine(defence, threats[0], x[:checks], y[:checks], seed=seed)
+        on_progress(len(outcomes) + done, total)
+    masked = {check.defence for check in found if not check.passed}
+    rows = [*ledger.rows, *_worst_rows(defences, ledger.worst)]
+    return Evaluation(
+        mode,
+        len(x),
+        outcomes,
+        [replace(r, masked=r.defence in masked) for r in rows],
+        found,
+        ledger.worst,
+        {key: torch.stack(list(images.values())) for key, images in ledger.broken.items() if images},
+    )
 
 
 def _transfers(defences: Sequence[Defence], threats: Sequence[Threat]) -> list[Job]:
@@ -294,13 +327,13 @@ def _empty(x: Tensor) -> Outcome:
     return Outcome(none, none, none.float(), none.float(), torch.zeros(0, len(COSTS)), x[:0].detach().cpu())
 
 
-def _row(job: Job, score: Tensor, cost: Tensor | None = None) -> Row:
+def _row(job: Job, score: Tensor, cost: Tensor) -> Row:
     made = _scored(job.defence.name, job.label, job.view, score)
     if job.threat is not None:
         made = replace(
             made, norm=job.threat.norm, eps=job.threat.eps, trained=job.threat in job.defence.trained
         )
-    return replace(made, **dict(zip(COSTS, cost.tolist(), strict=True))) if cost is not None else made
+    return replace(made, **dict(zip(COSTS, cost.tolist(), strict=True)))
 
 
 def _scored(defence: str, attack: str, view: str | None, score: Tensor) -> Row:

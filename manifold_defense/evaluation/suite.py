@@ -52,8 +52,7 @@ ViewName = Literal[
 ORDER: tuple[ViewName, ...] = get_args(ViewName)
 NO_GRADIENT: ViewName = "deployed"  # for an attack that asks the deployed model for its answers alone
 
-# How far past the boundary, in logits, a C&W image is pushed that is to fool another model.
-_TRANSFER_MARGIN = 10.0
+_PRESSING: Mapping[str, Any] = {"stop_early": False}
 
 
 class Spec(NamedTuple):
@@ -64,12 +63,15 @@ class Spec(NamedTuple):
     steps: str | None = "steps"  # the parameter that `AttackConfig.steps` sets
     restarts: str | None = None  # and `AttackConfig.restarts`
     losses: tuple[str, ...] = ()  # that it takes, the default first
+    targets: str | None = None  # the parameter that `AttackConfig.targets` sets
     gradient: bool = True
-    seeded: bool = True
-    stops_early: bool = False
+    control: bool = False  # no attack, but what every attack must beat
+    # What makes it press on after its own model is fooled, as it must to fool another one.
+    pressing: Mapping[str, Any] = _PRESSING
     # More parameters, for attacks that know what stands behind a view, and the kinds of model that have it.
     knows: Callable[[Any], dict[str, Any]] | None = None
     kinds: tuple[type, ...] = (DefendedClassifier, RejectingClassifier)
+    view: ViewName | None = None  # the only one that it differs in, if there is one
 
 
 _Filtered = DefendedClassifier | RejectingClassifier
@@ -101,41 +103,32 @@ def _range_attack(
 _BALLS: tuple[Norm, ...] = ("linf", "l2", "l1")
 _BOTH: tuple[Norm, ...] = ("linf", "l2")
 _LOSSES = ("ce", "margin", "dlr")
+_TWO_LOSSES = ("ce", "margin", "both")
 SPECS: dict[str, Spec] = {
-    "noise": Spec(attacks.noise, _BOTH, "draws", gradient=False),
-    "fgsm": Spec(attacks.fgsm, _BALLS, None, losses=_LOSSES),
-    "mi_fgsm": Spec(attacks.mi_fgsm, _BOTH, losses=_LOSSES, stops_early=True),
-    "pgd": Spec(attacks.pgd, _BALLS, restarts="restarts", losses=(*_LOSSES, "both"), stops_early=True),
-    "apgd": Spec(attacks.apgd, _BALLS, restarts="restarts", losses=_LOSSES, stops_early=True),
-    "cw": Spec(attacks.cw, ("l2",), restarts="searches", stops_early=True),
-    "ddn": Spec(attacks.ddn, ("l2",)),
-    "fmn": Spec(attacks.fmn, (*_BALLS, "l0")),
-    "deepfool": Spec(attacks.deepfool, _BOTH),
-    "jsma": Spec(attacks.jsma, ("l0",), None),
-    "pgd_l0": Spec(
-        attacks.pgd_l0, ("l0",), restarts="restarts", losses=("ce", "margin", "both"), stops_early=True
-    ),
-    "patch": Spec(
-        attacks.patch, ("patch",), restarts="restarts", losses=("ce", "margin", "both"), stops_early=True
-    ),
-    "feature_matching": Spec(
-        attacks.feature_matching, _BOTH, restarts="restarts", stops_early=True, knows=_features
-    ),
-    "range": Spec(_range_attack, _BALLS, restarts="restarts", stops_early=True, knows=_range),
+    "noise": Spec(attacks.noise, _BOTH, "draws", gradient=False, control=True, pressing={}),
+    "fgsm": Spec(attacks.fgsm, _BALLS, None, losses=_LOSSES, pressing={}),
+    "mi_fgsm": Spec(attacks.mi_fgsm, _BOTH, losses=_LOSSES),
+    "pgd": Spec(attacks.pgd, _BALLS, restarts="restarts", losses=(*_LOSSES, "both")),
+    "apgd": Spec(attacks.apgd, _BALLS, restarts="restarts", losses=_LOSSES, targets="target_classes"),
+    # An image at the boundary of its own model fools no other: ten logits past it.
+    "cw": Spec(attacks.cw, ("l2",), restarts="searches", pressing={**_PRESSING, "confidence": 10.0}),
+    # The nearest image is what these are for: they cannot press on.
+    "ddn": Spec(attacks.ddn, ("l2",), pressing={}),
+    "fmn": Spec(attacks.fmn, (*_BALLS, "l0"), pressing={}),
+    "deepfool": Spec(attacks.deepfool, _BOTH, pressing={}),
+    "jsma": Spec(attacks.jsma, ("l0",), None, pressing={}),
+    "pgd_l0": Spec(attacks.pgd_l0, ("l0",), restarts="restarts", losses=_TWO_LOSSES),
+    "patch": Spec(attacks.patch, ("patch",), restarts="restarts", losses=_TWO_LOSSES),
+    "feature_matching": Spec(attacks.feature_matching, _BOTH, restarts="restarts", knows=_features),
+    # Differentiates the classifier behind the generator, whatever the view.
+    "range": Spec(_range_attack, _BALLS, restarts="restarts", knows=_range, view="exact"),
     "detector_aware": Spec(
-        attacks.detector_aware,
-        _BOTH,
-        restarts="restarts",
-        stops_early=True,
-        knows=_residual,
-        kinds=(RejectingClassifier,),
+        attacks.detector_aware, _BOTH, restarts="restarts", knows=_residual, kinds=(RejectingClassifier,)
     ),
-    "square": Spec(attacks.square, _BOTH, restarts="restarts", gradient=False, stops_early=True),
-    "sparse_rs": Spec(attacks.sparse_rs, ("l0",), restarts="restarts", gradient=False, stops_early=True),
-    "hop_skip_jump": Spec(
-        attacks.hop_skip_jump, _BOTH, "queries", "restarts", gradient=False, stops_early=True
-    ),
-    "corruption": Spec(attacks.corruption, ("corruption",), "draws", gradient=False, stops_early=True),
+    "square": Spec(attacks.square, _BOTH, restarts="restarts", gradient=False),
+    "sparse_rs": Spec(attacks.sparse_rs, ("l0",), restarts="restarts", gradient=False),
+    "hop_skip_jump": Spec(attacks.hop_skip_jump, _BOTH, "queries", "restarts", gradient=False),
+    "corruption": Spec(attacks.corruption, ("corruption",), "draws", gradient=False),
 }
 
 
@@ -172,14 +165,12 @@ class AttackConfig:
         for name, least in (("steps", 1), ("restarts", 1), ("targets", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        losses = SPECS[self.name].losses
-        if self.loss and self.loss not in losses:
-            known = f"one of {', '.join(losses)}" if losses else "none"
+        spec = SPECS[self.name]
+        if self.loss and self.loss not in spec.losses:
+            known = f"one of {', '.join(spec.losses)}" if spec.losses else "none"
             raise ValueError(f"loss of {self.name}: expected {known}, got {self.loss!r}")
-        if self.targets and self.name != "apgd":
-            raise ValueError(
-                f"targets of {self.name}: expected 0, for apgd alone has some, got {self.targets}"
-            )
+        if self.targets and spec.targets is None:
+            raise ValueError(f"targets of {self.name}: expected 0, it aims at none; got {self.targets}")
         if not set(self.views) <= set(ORDER):
             raise ValueError(f"views: expected some of {', '.join(ORDER)}, got {list(self.views)}")
 
@@ -190,34 +181,26 @@ class AttackConfig:
         loss = f"-{self.loss}" if self.loss not in ("", "both", *spec.losses[:1]) else ""
         return f"{self.name}{loss}{'-t' if self.targets else ''}"
 
-    @property
-    def needs_gradient(self) -> bool:
-        return SPECS[self.name].gradient
-
     def applies_to(self, threat: Threat) -> bool:
         return threat.norm in SPECS[self.name].norms
 
-    def bind(self, threat: Threat, *, seed: int, transfer: bool, model: Classifier | None = None) -> Attack:
-        """The attack within `threat`; a `transfer` attack presses on after its own model is fooled.
+    def bind(self, threat: Threat, *, seed: int, press: bool, model: Classifier | None = None) -> Attack:
+        """The attack within `threat`; with `press` it goes on after its own model is fooled.
 
         `model` is the attacked view, for attacks that look behind it.
         """
         spec = SPECS[self.name]
-        found: dict[str, Any] = {"norm": threat.norm, "eps": threat.eps}
+        found: dict[str, Any] = {"norm": threat.norm, "eps": threat.eps, "seed": seed}
         if spec.steps:
             found[spec.steps] = self.steps
         if spec.restarts:
             found[spec.restarts] = self.restarts
         if self.loss:
             found["loss"] = self.loss
-        if self.targets:
-            found["target_classes"] = self.targets
-        if spec.seeded:
-            found["seed"] = seed
-        if spec.stops_early:
-            found["stop_early"] = not transfer
-        if self.name == "cw" and transfer:
-            found["confidence"] = _TRANSFER_MARGIN
+        if spec.targets:
+            found[spec.targets] = self.targets
+        if press:
+            found |= spec.pressing
         if spec.knows and isinstance(model, spec.kinds):
             found |= spec.knows(model)
         return partial(spec.function, **found)
@@ -298,16 +281,16 @@ def jobs(
     for defence in defences:
         yield Job(defence, None, None, None)
         for threat in threats:
-            meeting = [attack for attack in attacks if attack.applies_to(threat)]
-            yield from (
-                Job(defence, attack, NO_GRADIENT, threat) for attack in meeting if attack.name == "noise"
-            )
+            meeting = [(attack, SPECS[attack.name]) for attack in attacks if attack.applies_to(threat)]
+            for attack, spec in meeting:
+                if spec.control:
+                    yield Job(defence, attack, NO_GRADIENT, threat)
             for view in defence.attacked:
-                for attack in meeting:
-                    if attack.needs_gradient and _meets(attack, defence, view):
+                for attack, spec in meeting:
+                    if spec.gradient and _meets(attack, defence, view):
                         yield Job(defence, attack, view, threat)
-            for attack in meeting:
-                if not attack.needs_gradient and attack.name != "noise":
+            for attack, spec in meeting:
+                if not spec.gradient and not spec.control:
                     yield Job(defence, attack, NO_GRADIENT, threat)
 
 
@@ -315,6 +298,6 @@ def _meets(attack: AttackConfig, defence: Defence, view: str) -> bool:
     spec = SPECS[attack.name]
     if spec.knows and not isinstance(defence.attacked[view], spec.kinds):
         return False
-    if attack.name == "range":  # differentiates the classifier behind the generator, whatever the view
-        return view == "exact"
+    if spec.view is not None:
+        return view == spec.view
     return len(defence.attacked) == 1 or not attack.views or view in attack.views

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from manifold_defense.artifact import load_classifier, load_filter
-from manifold_defense.attacks import Expectation
-from manifold_defense.evaluation import Defence, Evaluation, Job, Outcome, attack_images, evaluate, examine
-from manifold_defense.evaluation.baselines import (
-    Binarise,
-    BitDepth,
-    Blur,
-    Jpeg,
-    NearestBank,
-    Preprocess,
-    Preprocessed,
-    RandomNoise,
-)
-from manifold_defense.filter import DefendedClassifier, ManifoldFilter
-from manifold_defense.projection import PRESETS, make_bank
-from manifold_defense.rejection import RejectingClassifier, roc, threshold_at
-from manifold_defense.types import Threat
+from manifold_defense.evaluation import Defence, Evaluation, Job, Outcome, attack_images, evaluate
+from manifold_defense.filter import DefendedClassifier
+from manifold_defense.rejection import RejectingClassifier, roc
 from pipelines.board import Strip, predictions, save_figure, strips
 from pipelines.context import Context
-from pipelines.data import subset, to_float
-from pipelines.own import load_own
-from pipelines.stage import StageError
-from pipelines.stages.project import load_parts
+from pipelines.defences import make_defences
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -54,20 +36,12 @@ def run(context: Context) -> dict[str, Any]:
             x,
             y,
             mode=config.mode,
+            checks=config.checks,
             seed=seed,
             compute=lambda work, n: context.map_images(work, n, config.batch_size),
             store=store,
             on_progress=advance,
         )
-    checks = []
-    if config.checks:
-        few = slice(0, config.checks)
-        with context.progress(len(defences), unit="defences") as advance:
-            for done, defence in enumerate(defences):
-                checks += examine(defence, config.threats[0], x[few], y[few], seed=seed)
-                advance(done + 1, len(defences))
-    failed = [check for check in checks if not check.passed]
-    evaluation = evaluation.marked({check.defence for check in failed})
     if context.main:
         _write_csv(context.folder / "images.csv", y, evaluation)
         _pictures(context, evaluation, x, y)
@@ -77,8 +51,8 @@ def run(context: Context) -> dict[str, Any]:
     return {
         "n": len(x),
         "mode": config.mode,
-        "warnings": [str(check) for check in failed],
-        "checks": [check.as_dict() for check in checks],
+        "warnings": [str(check) for check in evaluation.checks if not check.passed],
+        "checks": [check.as_dict() for check in evaluation.checks],
         "rows": [r.as_dict() for r in evaluation.rows],
         "transfers": evaluation.transfers(),
         "detection": _detection(evaluation, x),
@@ -101,109 +75,15 @@ def _detection(evaluation: Evaluation, x: Tensor) -> list[dict[str, Any]]:
     return found
 
 
-def make_defences(context: Context) -> list[Defence]:
-    """The classifier and the hardened one, bare and behind the filter, and the baselines beside them.
-
-    With `evaluate.classifier` set, that classifier alone, and behind `evaluate.filter` if there is one.
-    """
-    device = context.fabric.device
-    own = context.config.evaluate.classifier
-    if own:
-        return _own_defences(own, context.config.evaluate.filter, context)
-    filter, classifier = load_parts(context)
-    hardened = load_classifier(context.inputs["harden"]).requires_grad_(False).to(device)
-    harden = context.config.harden
-    trained = (Threat(harden.norm, harden.eps),) if harden.objective == "pgd" else ()
-    return [
-        Defence.bare("undefended", classifier),
-        *_baselines(context, classifier, filter),
-        Defence.filtered("filter", DefendedClassifier(filter, classifier)),
-        *_rejecting(context, classifier, filter),
-        Defence.bare("hardened", hardened, trained),
-        Defence.filtered("hardened+filter", DefendedClassifier(filter, hardened), trained),
-    ]
-
-
-def _own_defences(source: str, folder: str, context: Context) -> list[Defence]:
-    device = context.fabric.device
-    classifier = load_own(source, context.data.image_shape, device)
-    defences = [Defence.bare("own", classifier)]
-    if folder:
-        filter = load_filter(Path(folder)).to(device)
-        if filter.image_shape != context.data.image_shape:
-            raise StageError(
-                f"{folder}: a filter for images of shape {filter.image_shape}, "
-                f"the data have {context.data.image_shape}"
-            )
-        defences.append(Defence.filtered("own+filter", DefendedClassifier(filter, classifier)))
-    return defences
-
-
-def _baselines(context: Context, classifier: nn.Module, filter: ManifoldFilter) -> list[Defence]:
-    """Preprocessing that costs next to nothing, in front of the same classifier."""
-    device = context.fabric.device
-    made: dict[str, Callable[[], Preprocess]] = {
-        "binarise": Binarise,
-        "bit_depth": BitDepth,
-        "jpeg": Jpeg,
-        "blur": Blur,
-        "noise": RandomNoise,
-        "nearest": lambda: NearestBank(_bank_images(filter)),
-    }
-    defences = []
-    for name in context.config.evaluate.baselines:
-        if name == "encoder":
-            single_shot = filter.configured(PRESETS["single_shot"])
-            defended = DefendedClassifier(single_shot, classifier)
-            # Without a solver the exact gradient is the start's.
-            defences.append(Defence.filtered("encoder", defended, views=("identity", "exact")))
-        else:
-            preprocess = made[name]()
-            defence = Defence.preprocessed(name, Preprocessed(preprocess, classifier).to(device))
-            if isinstance(preprocess, RandomNoise):
-                averaged = Expectation(defence.model, _DRAWS)
-                attacked = {"unaware": classifier, "exact": averaged}
-                defence = replace(defence, attacked=attacked, draws=_DRAWS)
-            defences.append(defence)
-    return defences
-
-
-def _rejecting(context: Context, classifier: nn.Module, filter: ManifoldFilter) -> list[Defence]:
-    """The filter that refuses what it cannot draw, its threshold set on images that are not reported.
-
-    They are test images beyond those that are attacked: the generator draws the training images better.
-    Where too few are left, training images have to do, and more than `reject` will be refused.
-    """
-    config, data = context.config.evaluate, context.data
-    if not config.reject:
-        return []
-    attacked = config.images or len(data.test.labels)
-    rest = subset(data.test, len(data.test.labels)).images[attacked:]
-    pixels = rest if len(rest) >= 100 else data.train.images
-    images = to_float(pixels[:_CALIBRATION].to(context.fabric.device))
-    errors = torch.cat([filter.project(part).error for part in images.split(100)])
-    rejecting = RejectingClassifier(filter, classifier, threshold_at(errors, config.reject))
-    return [Defence.filtered("filter+reject", rejecting)]
-
-
-_CALIBRATION = 500  # images on which a threshold is set
-_DRAWS = 10  # of a randomised baseline, for each verdict and each averaged gradient
-
-
-def _bank_images(filter: ManifoldFilter) -> Tensor:
-    """Samples of the generator (M, C, H, W)."""
-    like = next(filter.generator.parameters())[:0]
-    bank = make_bank(filter.generator, like, 4096, seed=0)  # type: ignore[arg-type]
-    return bank.image.view(-1, *filter.image_shape)
-
-
 def _digest(defences: list[Defence]) -> str:
-    """Of all weights: results of other weights are not these defences'."""
+    """Of all weights and settings of filters: results of others are not these defences'."""
     digest = hashlib.sha256()
     for defence in defences:
         if isinstance(defence.model, nn.Module):
             for value in defence.model.state_dict().values():
                 digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        filter = getattr(defence.model, "filter", None)
+        digest.update(repr(getattr(filter, "config", None)).encode())
     return digest.hexdigest()[:16]
 
 

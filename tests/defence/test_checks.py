@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from manifold_defense import DefendedClassifier, ManifoldFilter, ProjectionConfig, Threat
+from manifold_defense.attacks import Expectation
 from manifold_defense.evaluation import CHECKS, Defence, checks, examine
+from manifold_defense.evaluation.baselines import Preprocessed, RandomNoise
 from manifold_defense.evaluation.checks import Subject
 
 LINF = Threat("linf", 0.1)
@@ -143,8 +145,11 @@ def test_any_threat_can_be_named(threat: Threat, learned: Any) -> None:
 
 def test_noise_is_no_finding_where_its_draws_are_averaged(learned: Any) -> None:
     model, x, y = learned
-    random = Changed(model, noisy)
-    assert "randomness" not in failed(Defence("noisy", random, {"exact": random}, draws=5), x, y)
+    random = Preprocessed(RandomNoise(0.1), model)
+    averaged = Defence("noisy", random, {"exact": Expectation(random, 10)}, draws=10)
+    assert failed(averaged, x, y) == set()
+    one_draw = replace(averaged, attacked={"exact": random})
+    assert "randomness" in failed(one_draw, x, y)
 
 
 def test_a_model_that_is_always_wrong_says_nothing(learned: Any) -> None:

@@ -161,20 +161,20 @@ def test_an_attack_is_for_its_threats_alone() -> None:
 @pytest.mark.parametrize(
     ("config", "keywords"),
     [
-        (AttackConfig("noise", steps=3), {"draws": 3, "seed": 5}),
-        (AttackConfig("cw", steps=9, restarts=2), {"steps": 9, "searches": 2, "stop_early": True, "seed": 5}),
-        (AttackConfig("pgd", 7, 2), {"steps": 7, "restarts": 2, "stop_early": True, "seed": 5}),
+        (AttackConfig("noise", steps=3), {"draws": 3}),
+        (AttackConfig("cw", steps=9, restarts=2), {"steps": 9, "searches": 2}),
+        (AttackConfig("pgd", 7, 2), {"steps": 7, "restarts": 2}),
         (
             AttackConfig("apgd", 7, loss="dlr", targets=3),
-            {"steps": 7, "restarts": 1, "loss": "dlr", "target_classes": 3, "stop_early": True, "seed": 5},
+            {"steps": 7, "restarts": 1, "loss": "dlr", "target_classes": 3},
         ),
     ],
 )
 def test_an_attack_is_bound_to_its_threat(config: AttackConfig, keywords: dict[str, Any]) -> None:
-    bound: Any = config.bind(L2, seed=5, transfer=False)
-    assert bound.keywords == {"norm": "l2", "eps": 0.5, **keywords}
-    pressing: Any = config.bind(L2, seed=5, transfer=True)
-    assert not pressing.keywords.get("stop_early", False)
+    bound: Any = config.bind(L2, seed=5, press=False)
+    assert bound.keywords == {"norm": "l2", "eps": 0.5, "seed": 5, **keywords}
+    pressing: Any = config.bind(L2, seed=5, press=True)
+    assert pressing.keywords.get("stop_early", True) == (config.name == "noise")
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_clean_images_are_not_touched(defended: DefendedClassifier) -> None:
     assert outcome.score.tolist() == [0] * 3 + [1] * 9
     assert outcome.size.tolist() == [0.0] * 12
     assert outcome.broken.tolist() == [0, 1, 2]
-    clean = evaluate([job.defence], [AttackConfig("fgsm")], [LINF], x, y).rows[0]
+    clean = evaluate([job.defence], [AttackConfig("fgsm")], [LINF], x, y, checks=0).rows[0]
     assert (clean.defence, clean.attack, clean.view, clean.norm, clean.eps) == ("inc", "clean", None, None, 0)
     assert (clean.n, clean.robust_accuracy) == (12, 0.75)
     assert (clean.ci_low, clean.ci_high) == wilson(9, 12)
@@ -305,7 +305,7 @@ class Cheat(AttackConfig):
 
     delta: float = 0.0
 
-    def bind(self, threat: Threat, *, seed: int, transfer: bool, model: Any = None) -> Any:
+    def bind(self, threat: Threat, *, seed: int, press: bool, model: Any = None) -> Any:
         return lambda model, x, y: x + self.delta
 
 
@@ -391,7 +391,7 @@ class Push(AttackConfig):
         object.__setattr__(made, "seen", [])
         return made
 
-    def bind(self, threat: Threat, *, seed: int, transfer: bool, model: Any = None) -> Any:
+    def bind(self, threat: Threat, *, seed: int, press: bool, model: Any = None) -> Any:
         def attack(model: Any, x: Tensor, y: Tensor) -> Tensor:
             self.seen.append((x[:, 0, 0, 1] * 100).round().long().tolist())
             moved = x.clone()
@@ -415,7 +415,7 @@ FAR = Threat("linf", 0.5)
 def test_the_worst_is_over_all_attacks_and_the_clean_images(mode: Any, met: list[int]) -> None:
     x, y = numbered(5)
     weak, strong = Push.of(0.1), Push.of(0.2, loss="margin")
-    found = evaluate([Defence.bare("a", Table(A))], [weak, strong], [FAR], x, y, mode=mode)
+    found = evaluate([Defence.bare("a", Table(A))], [weak, strong], [FAR], x, y, mode=mode, checks=0)
     assert [(r.attack, r.robust_accuracy) for r in found.rows] == [
         ("clean", 0.8),
         ("pgd", 0.6),
@@ -432,7 +432,7 @@ def test_a_weaker_attack_after_a_stronger_one(mode: Any) -> None:
     """In mode standard a row is what is left so far, in mode full what the attack leaves alone."""
     x, y = numbered(5)
     attacks = [Push.of(0.3), Push.of(0.1, loss="margin")]
-    rows = evaluate([Defence.bare("a", Table(A))], attacks, [FAR], x, y, mode=mode).rows
+    rows = evaluate([Defence.bare("a", Table(A))], attacks, [FAR], x, y, mode=mode, checks=0).rows
     assert [r.robust_accuracy for r in rows] == [0.8, 0.2, 0.2 if mode == "standard" else 0.6, 0.2]
 
 
@@ -448,7 +448,7 @@ def test_the_least_of_the_rows_is_not_the_worst() -> None:
             return torch.stack([wrong, ~wrong], 1).float()
 
     attacks = [Push.of(0.1), Push.of(0.2, loss="margin")]
-    rows = evaluate([Defence.bare("a", Either())], attacks, [FAR], x, y, mode="full").rows
+    rows = evaluate([Defence.bare("a", Either())], attacks, [FAR], x, y, mode="full", checks=0).rows
     assert [r.robust_accuracy for r in rows] == [1, 0.5, 0.5, 0]
 
 
@@ -456,7 +456,7 @@ def test_threats_are_kept_apart_and_their_union_is_the_worst() -> None:
     x, y = numbered(5)
     defence = Defence.bare("a", Table(A), trained=(FAR,))
     near = Threat("linf", 0.1)
-    found = evaluate([defence], [Push.of(0.2)], [FAR, near], x, y)
+    found = evaluate([defence], [Push.of(0.2)], [FAR, near], x, y, checks=0)
     worst = {(r.norm, r.eps): r for r in found.rows if r.attack == "worst"}
     assert {key: r.robust_accuracy for key, r in worst.items()} == {
         ("linf", 0.5): 0.4,
@@ -473,11 +473,11 @@ def test_what_breaks_one_defence_is_tried_on_the_others() -> None:
     class OnlyA(Push):
         """Leaves every defence but the first alone."""
 
-        def bind(self, threat: Threat, *, seed: int, transfer: bool, model: Any = None) -> Any:
-            attack = super().bind(threat, seed=seed, transfer=transfer)
+        def bind(self, threat: Threat, *, seed: int, press: bool, model: Any = None) -> Any:
+            attack = super().bind(threat, seed=seed, press=press)
             return attack if model is a.model else lambda model, x, y: x
 
-    found = evaluate([a, b], [OnlyA.of(0.3)], [FAR], x, y)
+    found = evaluate([a, b], [OnlyA.of(0.3)], [FAR], x, y, checks=0)
     # Images 1, 2 and 3 of a are broken at 0.3; of them b gives way on 1 and 2.
     assert found.worst["a", FAR].tolist() == [0, 0, 0, 0, 1]
     assert found.worst["b", FAR].tolist() == [1, 0, 0, 1, 1]
@@ -504,7 +504,9 @@ class Coin(nn.Module):
 def test_a_randomised_defence_counts_by_its_share_of_right_answers() -> None:
     x, y = numbered(4)
     coin = Coin()
-    found = evaluate([Defence("coin", coin, {"exact": coin}, draws=10)], [Push.of(0.2)], [FAR], x, y)
+    found = evaluate(
+        [Defence("coin", coin, {"exact": coin}, draws=10)], [Push.of(0.2)], [FAR], x, y, checks=0
+    )
     assert [r.robust_accuracy for r in found.rows] == [1.0, 0.5, 0.5]
 
 
@@ -512,7 +514,7 @@ def test_batches_and_a_store_change_nothing(defended: DefendedClassifier, classi
     x, y = labelled(defended)
     defences = [Defence.bare("cnn", classifier), Defence.filtered("inc", defended)]
     suite = [AttackConfig("fgsm"), AttackConfig("pgd", steps=4, views=("exact",))]
-    whole = evaluate(defences, suite, [LINF], x, y)
+    whole = evaluate(defences, suite, [LINF], x, y, checks=0)
 
     class Memory(dict[str, Any]):
         hits = 0
@@ -526,13 +528,15 @@ def test_batches_and_a_store_change_nothing(defended: DefendedClassifier, classi
             self[job.name] = outcome
 
     memory, progress = Memory(), []
-    first = evaluate(defences, suite, [LINF], x, y, store=memory)
-    again = evaluate(defences, suite, [LINF], x, y, store=memory, on_progress=lambda *at: progress.append(at))
+    first = evaluate(defences, suite, [LINF], x, y, checks=0, store=memory)
+    again = evaluate(
+        defences, suite, [LINF], x, y, checks=0, store=memory, on_progress=lambda *at: progress.append(at)
+    )
     assert Memory.hits == len(again.outcomes) == len(first.outcomes)
     assert first.rows == again.rows == whole.rows
     assert progress[-1] == (len(again.outcomes), len(again.outcomes))
-    fgsm_alone = evaluate(defences, suite[:1], [LINF], x, y)
-    in_parts = evaluate(defences, suite[:1], [LINF], x, y, compute=in_batches(5))
+    fgsm_alone = evaluate(defences, suite[:1], [LINF], x, y, checks=0)
+    in_parts = evaluate(defences, suite[:1], [LINF], x, y, checks=0, compute=in_batches(5))
     assert in_parts.rows == fgsm_alone.rows
 
 
@@ -547,6 +551,40 @@ def test_costs_are_counted(defended: DefendedClassifier) -> None:
     assert not defended.filter.generator._forward_hooks
 
 
+def test_a_masked_defence_is_marked_without_being_asked(classifier: nn.Module) -> None:
+    """Its attacks find nothing; the figure must not pass for robustness."""
+    x, y = labelled(classifier)
+
+    class Detached(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return classifier(x.detach())
+
+    defences = [Defence.bare("honest", classifier), Defence.bare("detached", Detached())]
+    found = evaluate(defences, [AttackConfig("pgd", steps=20)], [LINF], x, y)
+    worst = {r.defence: r for r in found.rows if r.attack == "worst"}
+    assert worst["detached"].masked
+    assert "gradient" in {c.name for c in found.checks if c.defence == "detached" and not c.passed}
+    assert not any(r.masked for r in found.rows if r.defence == "honest")
+    assert worst["detached"].robust_accuracy == worst["honest"].robust_accuracy  # by the honest one's images
+
+
+def test_an_attack_on_a_model_that_draws_presses_on() -> None:
+    """One lucky draw is not the end."""
+    seen: list[bool] = []
+
+    class Asked(Push):
+        def bind(self, threat: Threat, *, seed: int, press: bool, model: Any = None) -> Any:
+            seen.append(press)
+            return super().bind(threat, seed=seed, press=press)
+
+    x, y = numbered(2)
+    for draws in (1, 3):
+        evaluate(
+            [Defence("a", Coin(), {"exact": Coin()}, draws=draws)], [Asked.of(0.2)], [FAR], x, y, checks=0
+        )
+    assert seen == [False, True]
+
+
 def test_two_defences_of_one_name_are_refused(classifier: nn.Module) -> None:
     x, y = labelled(classifier)
     with pytest.raises(ValueError, match=r"^defences: expected different names"):
@@ -556,8 +594,8 @@ def test_two_defences_of_one_name_are_refused(classifier: nn.Module) -> None:
 def test_evaluate_end_to_end(defended: DefendedClassifier, classifier: nn.Module) -> None:
     x, y = labelled(defended)
     defences = [Defence.bare("cnn", classifier), Defence.filtered("inc", defended)]
-    rows = evaluate(defences, SUITE, [LINF, L2], x, y).rows
-    assert rows == evaluate(defences, SUITE, [LINF, L2], x, y).rows
+    rows = evaluate(defences, SUITE, [LINF, L2], x, y, checks=0).rows
+    assert rows == evaluate(defences, SUITE, [LINF, L2], x, y, checks=0).rows
     for worst in (r for r in rows if r.attack == "worst" and r.norm != "union"):
         others = [
             r.robust_accuracy

@@ -1,0 +1,133 @@
+"""The defences that are evaluated: classifiers bare, behind the filter, and behind the baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from manifold_defense.artifact import load_classifier, load_filter
+from manifold_defense.attacks import Expectation
+from manifold_defense.evaluation import Defence
+from manifold_defense.evaluation.baselines import (
+    Binarise,
+    BitDepth,
+    Blur,
+    Jpeg,
+    NearestBank,
+    Preprocess,
+    Preprocessed,
+    RandomNoise,
+)
+from manifold_defense.filter import DefendedClassifier, ManifoldFilter
+from manifold_defense.projection import PRESETS, make_bank
+from manifold_defense.rejection import RejectingClassifier, threshold_at
+from manifold_defense.types import Threat
+from pipelines.context import Context
+from pipelines.data import subset, to_float
+from pipelines.own import load_own
+from pipelines.stage import StageError
+from pipelines.stages.project import load_parts
+
+_CALIBRATION = 500  # images on which a threshold is set
+_DRAWS = 10  # of a randomised baseline, for each verdict and each averaged gradient
+
+
+def make_defences(context: Context) -> list[Defence]:
+    """The classifier and the hardened one, bare and behind the filter, and the baselines beside them.
+
+    With `evaluate.classifier` set, that classifier alone, and behind `evaluate.filter` if there is one.
+    """
+    device = context.fabric.device
+    own = context.config.evaluate.classifier
+    if own:
+        return _own_defences(own, context.config.evaluate.filter, context)
+    filter, classifier = load_parts(context)
+    hardened = load_classifier(context.inputs["harden"]).requires_grad_(False).to(device)
+    harden = context.config.harden
+    trained = (Threat(harden.norm, harden.eps),) if harden.objective == "pgd" else ()
+    return [
+        Defence.bare("undefended", classifier),
+        *_baselines(context, classifier, filter),
+        Defence.filtered("filter", DefendedClassifier(filter, classifier)),
+        *_rejecting(context, classifier, filter),
+        Defence.bare("hardened", hardened, trained),
+        Defence.filtered("hardened+filter", DefendedClassifier(filter, hardened), trained),
+    ]
+
+
+def _own_defences(source: str, folder: str, context: Context) -> list[Defence]:
+    device = context.fabric.device
+    classifier = load_own(source, context.data.image_shape, device)
+    filter = load_filter(Path(folder)).to(device) if folder else None
+    if filter is not None and filter.image_shape != context.data.image_shape:
+        raise StageError(
+            f"{folder}: a filter for images of shape {filter.image_shape}, "
+            f"the data have {context.data.image_shape}"
+        )
+    defences = [Defence.bare("own", classifier), *_baselines(context, classifier, filter)]
+    if filter is not None:
+        defences.append(Defence.filtered("own+filter", DefendedClassifier(filter, classifier)))
+        defences += _rejecting(context, classifier, filter)
+    return defences
+
+
+def _baselines(context: Context, classifier: nn.Module, filter: ManifoldFilter | None) -> list[Defence]:
+    """Preprocessing that costs next to nothing, in front of the same classifier.
+
+    Without a filter those that are parts of it are left out.
+    """
+    device = context.fabric.device
+    made: dict[str, Callable[[], Preprocess]] = {
+        "binarise": Binarise,
+        "bit_depth": BitDepth,
+        "jpeg": Jpeg,
+        "blur": Blur,
+        "noise": RandomNoise,
+    }
+    defences = []
+    for name in context.config.evaluate.baselines:
+        if name in made:
+            preprocess = made[name]()
+        elif filter is None:
+            continue
+        elif name == "nearest":
+            preprocess = NearestBank(_bank_images(filter))
+        else:  # the encoder alone, whose exact gradient is the start's
+            defended = DefendedClassifier(filter.configured(PRESETS["single_shot"]), classifier)
+            defences.append(Defence.filtered(name, defended, views=("identity", "exact")))
+            continue
+        defence = Defence.preprocessed(name, Preprocessed(preprocess, classifier).to(device))
+        if isinstance(preprocess, RandomNoise):
+            attacked = {"unaware": classifier, "exact": Expectation(defence.model, _DRAWS)}
+            defence = replace(defence, attacked=attacked, draws=_DRAWS)
+        defences.append(defence)
+    return defences
+
+
+def _rejecting(context: Context, classifier: nn.Module, filter: ManifoldFilter) -> list[Defence]:
+    """The filter that refuses what it cannot draw, its threshold set on images that are not reported.
+
+    They are test images beyond those that are attacked: the generator draws the training images better.
+    Where too few are left, training images have to do, and more than `reject` will be refused.
+    """
+    config, data = context.config.evaluate, context.data
+    if not config.reject:
+        return []
+    attacked = config.images or len(data.test.labels)
+    rest = subset(data.test, len(data.test.labels)).images[attacked:]
+    pixels = rest if len(rest) >= 100 else data.train.images
+    images = to_float(pixels[:_CALIBRATION].to(context.fabric.device))
+    errors = torch.cat([filter.project(part).error for part in images.split(100)])
+    rejecting = RejectingClassifier(filter, classifier, threshold_at(errors, config.reject))
+    return [Defence.filtered("filter+reject", rejecting)]
+
+
+def _bank_images(filter: ManifoldFilter) -> Tensor:
+    """Samples of the generator (M, C, H, W)."""
+    like = next(filter.generator.parameters())[:0]
+    bank = make_bank(filter.generator, like, 4096, seed=0)  # type: ignore[arg-type]
+    return bank.image.view(-1, *filter.image_shape)
