@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +39,8 @@ _DRAWS = 10  # of a randomised baseline, for each verdict and each averaged grad
 def make_defences(context: Context) -> list[Defence]:
     """The classifier and the hardened one, bare and behind the filter, and the baselines beside them.
 
-    With `evaluate.classifier` set, that classifier alone, and behind `evaluate.filter` if there is one.
+    With `evaluate.classifier` set, that classifier takes the place of both, behind `evaluate.filter`
+    if there is one.
     """
     device = context.fabric.device
     own = context.config.evaluate.classifier
@@ -52,8 +53,7 @@ def make_defences(context: Context) -> list[Defence]:
     return [
         Defence.bare("undefended", classifier),
         *_baselines(context, classifier, filter),
-        Defence.filtered("filter", DefendedClassifier(filter, classifier)),
-        *_rejecting(context, classifier, filter),
+        *_filtered("filter", context, classifier, filter),
         Defence.bare("hardened", hardened, trained),
         Defence.filtered("hardened+filter", DefendedClassifier(filter, hardened), trained),
     ]
@@ -70,8 +70,7 @@ def _own_defences(source: str, folder: str, context: Context) -> list[Defence]:
         )
     defences = [Defence.bare("own", classifier), *_baselines(context, classifier, filter)]
     if filter is not None:
-        defences.append(Defence.filtered("own+filter", DefendedClassifier(filter, classifier)))
-        defences += _rejecting(context, classifier, filter)
+        defences += _filtered("own+filter", context, classifier, filter)
     return defences
 
 
@@ -108,22 +107,26 @@ def _baselines(context: Context, classifier: nn.Module, filter: ManifoldFilter |
     return defences
 
 
-def _rejecting(context: Context, classifier: nn.Module, filter: ManifoldFilter) -> list[Defence]:
-    """The filter that refuses what it cannot draw, its threshold set on images that are not reported.
+def _filtered(
+    name: str, context: Context, classifier: nn.Module, filter: ManifoldFilter
+) -> Iterator[Defence]:
+    """The classifier behind the filter, and behind one that refuses what it cannot draw.
 
-    They are test images beyond those that are attacked: the generator draws the training images better.
-    Where too few are left, training images have to do, and more than `reject` will be refused.
+    The latter's threshold is set on images that are not reported: test images beyond those that are
+    attacked, for the generator draws the training images better. Where too few are left, training
+    images have to do, and more than `reject` will be refused.
     """
     config, data = context.config.evaluate, context.data
+    yield Defence.filtered(name, DefendedClassifier(filter, classifier))
     if not config.reject:
-        return []
+        return
     attacked = config.images or len(data.test.labels)
     rest = subset(data.test, len(data.test.labels)).images[attacked:]
     pixels = rest if len(rest) >= 100 else data.train.images
     images = to_float(pixels[:_CALIBRATION].to(context.fabric.device))
     errors = torch.cat([filter.project(part).error for part in images.split(100)])
     rejecting = RejectingClassifier(filter, classifier, threshold_at(errors, config.reject))
-    return [Defence.filtered("filter+reject", rejecting)]
+    yield Defence.filtered(f"{name}+reject", rejecting)
 
 
 def _bank_images(filter: ManifoldFilter) -> Tensor:

@@ -21,7 +21,8 @@ from manifold_defense.attacks.objective import (
 from manifold_defense.types import Classifier, Norm
 
 # Weight of the new step against the last move, and the share of steps that must raise the loss for the
-# step size to stay. The paper has 0.75 for both; with 0.9, 1 to 2 % fewer images stayed robust on digits.
+# step size to stay. The paper has 0.75 for both; with a momentum of 0.9 the DLR loss left 77.1 % of the
+# hardened digits and 21.7 % of the others, with 0.75 78.7 and 21.5 % (benchmarks/attacks.py, 256 images).
 _MOMENTUM, _RAISED = 0.9, 0.75
 _BOX = (0.0, 1.0)
 

@@ -23,6 +23,7 @@ images = lambda: nn.Identity()
 SETTINGS = (
     "evaluate.images=8",
     "evaluate.checks=4",
+    'evaluate.baselines=["binarise","noise","nearest","encoder"]',
     'evaluate.attacks=[{name="fgsm"},{name="pgd",steps=2,views=["unaware","exact"]}]',
 )
 
@@ -44,11 +45,11 @@ def metrics(tmp_path, name="own"):
 
 
 @pytest.mark.parametrize("name", ["classifier", "module"])
-def test_an_own_classifier_is_evaluated_alone(tmp_path, name):
+def test_an_own_classifier_is_evaluated_beside_baselines(tmp_path, name):
     result = run("--classifier", f"mine_first:{name}", "--data", "digits")
     assert result.exit_code == 0, result.output
     assert "L∞ 0.15" in result.output
-    assert {r["defence"] for r in metrics(tmp_path)["rows"]} == {"own"}
+    assert {r["defence"] for r in metrics(tmp_path)["rows"]} == {"own", "binarise", "noise"}
 
 
 def test_behind_a_filter(tmp_path, finished):
@@ -56,7 +57,9 @@ def test_behind_a_filter(tmp_path, finished):
     result = run("--classifier", "mine_first:classifier", "--filter", folder, "--run", "both")
     assert result.exit_code == 0, result.output
     found = metrics(tmp_path, "both")
-    assert {r["defence"] for r in found["rows"]} == {"own", "own+filter"}
+    assert {r["defence"] for r in found["rows"]} == {
+        *("own", "binarise", "noise", "nearest", "encoder", "own+filter", "own+filter+reject")
+    }
     assert "own+filter" in result.output
     assert {"unaware", "exact"} <= {r["view"] for r in found["rows"] if r["attack"] == "pgd"}
 
