@@ -252,8 +252,9 @@ def evaluate(
 
     Cheap attacks come before dear ones, so that in mode `standard` few images are left for the
     latter. Then every defence meets the images that broke the others. At the end each is examined
-    for masked gradients on the first `checks` images (0: none is), under the first threat; the rows
-    of one that fails are marked. Names of defences must differ.
+    for masked gradients on the first `checks` images, and for a stronger attack on as many of those that
+    were left (0: none is), under the first threat; the rows of one that fails are marked. Names of
+    defences must differ.
     """
     names = [defence.name for defence in defences]
     if len(set(names)) < len(names):
@@ -297,7 +298,11 @@ def evaluate(
 
     found: list[Check] = []
     for done, defence in enumerate(examined, 1):
-        found += examine(defence, threats[0], x[:checks], y[:checks], seed=seed)
+        score = ledger.worst.get((defence.name, threats[0]), ledger.clean[defence.name])
+        at = (score == 1).nonzero()[:checks, 0]
+        left = (x[at], y[at])
+        share = float(score.mean())
+        found += examine(defence, threats[0], x[:checks], y[:checks], left=left, left_share=share, seed=seed)
         on_progress(len(outcomes) + done, total)
     masked = {check.defence for check in found if not check.passed}
     rows = [*ledger.rows, *_worst_rows(defences, ledger.worst)]

@@ -1,0 +1,156 @@
+"""Does anybody else's attack find less? AutoAttack and HopSkipJump on the images that an evaluation left.
+
+    manifold-defense evaluate --config configs/mnist.toml --classifier mine:classifier --filter FOLDER ...
+    python benchmarks/second_opinion.py --evaluation runs/own/evaluate --defence own+filter \\
+        --filter FOLDER --classifier zoo/mnist/undefended --data mnist --set data.root=PATH
+
+Only images that survived the whole evaluation are handed on: what is broken here, our suite lacks.
+Robust accuracy under both together is at most the evaluation's less that share. AutoAttack is of the
+published strength (APGD of 100 steps on cross-entropy and towards nine classes, FAB towards nine,
+Square of 5,000 queries) and differentiates every step of the projection; HopSkipJump, by ART, asks the
+deployed model alone. Peers as for `benchmarks/attacks.py`. A line a threat says how many survivors
+were tried, the first `--survivors`, and how many were broken.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+import click
+import torch
+from torch import Tensor
+
+from manifold_defense import DefendedClassifier, Threat, load_classifier, load_filter
+from manifold_defense.attacks.norms import geometry
+from manifold_defense.attacks.objective import correct
+from manifold_defense.evaluation.adapters import art_classifier, autoattack
+from manifold_defense.evaluation.statistics import wilson
+from manifold_defense.types import Classifier, Norm
+from pipelines.config import load_config
+from pipelines.data import load_data, subset, to_float
+
+ATTACKS = ("autoattack", "hop_skip_jump")
+
+
+def survivors(path: Path, defence: str) -> tuple[int, dict[Threat, list[int]]]:
+    """How many images an evaluation had, and by threat those of `defence` that nothing broke.
+
+    `path` is the stage's images.csv.
+    """
+    images: set[int] = set()
+    broken: dict[Threat, set[int]] = {}
+    wrong: set[int] = set()
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["defence"] != defence:
+                continue
+            image, lost = int(row["image"]), float(row["score"]) == 0
+            images.add(image)
+            if not row["norm"]:
+                wrong |= {image} if lost else set()
+                continue
+            found = broken.setdefault(Threat(cast(Norm, row["norm"]), float(row["eps"])), set())
+            found |= {image} if lost else set()
+    if not images:
+        raise click.UsageError(f"{path}: no images of a defence {defence!r}")
+    return len(images), {threat: sorted(images - wrong - lost) for threat, lost in broken.items()}
+
+
+def hop_skip_jump(model: Classifier, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
+    """ART's, of its published settings; what lies outside the ball is moved onto it."""
+    kind = import_module("art.attacks.evasion").HopSkipJump
+    with torch.no_grad():
+        classes = model(x[:1]).shape[1]
+    estimator = art_classifier(model, cast(tuple[int, int, int], tuple(x.shape[1:])), classes)
+    norm = {"linf": "inf", "l2": 2}[threat.norm]
+    found = kind(estimator, norm=norm, batch_size=len(x), verbose=False).generate(x.numpy(), y.numpy())
+    delta = geometry(threat.norm).project(torch.from_numpy(found).to(x) - x, threat.eps)
+    return (x + delta).clamp(0, 1)
+
+
+def attacked(name: str, model: Classifier, x: Tensor, y: Tensor, threat: Threat, batch: int) -> Tensor:
+    """Which images (N,) the attack broke."""
+    broken = []
+    for at in torch.arange(len(x)).split(batch):
+        if name == "autoattack":
+            x_adv = autoattack(model, x[at], y[at], norm=threat.norm, eps=threat.eps)
+        else:
+            x_adv = hop_skip_jump(model, x[at], y[at], threat)
+        with torch.no_grad():
+            broken.append(~correct(model(x_adv), y[at]))
+    return torch.cat(broken)
+
+
+@click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--evaluation", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--defence", default="own+filter")
+@click.option("--classifier", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--filter", "folder", type=click.Path(exists=True, path_type=Path))
+@click.option("--attack", "attacks", multiple=True, default=ATTACKS, type=click.Choice(ATTACKS))
+@click.option("--threat", "threats", multiple=True, default=("linf:0.3", "l2:2.5"), metavar="NORM:EPS")
+@click.option("--data", default="mnist")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE")
+@click.option("--survivors", "most", default=100, type=click.IntRange(min=1))
+@click.option("--batch", default=50, type=click.IntRange(min=1))
+@click.option("--json", "output", type=click.Path(path_type=Path))
+def main(
+    evaluation: Path,
+    defence: str,
+    classifier: Path,
+    folder: Path | None,
+    attacks: tuple[str, ...],
+    threats: tuple[str, ...],
+    data: str,
+    changes: tuple[str, ...],
+    most: int,
+    batch: int,
+    output: Path | None,
+) -> None:
+    count, left = survivors(evaluation / "images.csv", defence)
+    bare = load_classifier(classifier).requires_grad_(False)
+    model: Classifier = DefendedClassifier(load_filter(folder), bare) if folder else bare
+    test = load_data(load_config(None, [f"data.name={data}", *changes]).data).test
+    test = subset(test, count)
+    x, y = to_float(test.images), test.labels
+    lines: list[dict[str, Any]] = []
+    for text in threats:
+        norm, _, eps = text.partition(":")
+        threat = Threat(cast(Norm, norm), float(eps))
+        if threat not in left:
+            raise click.UsageError(f"{evaluation}: {defence} did not meet {text}")
+        at = torch.tensor(left[threat][:most], dtype=torch.long)
+        for attack in attacks:
+            started = time.perf_counter()
+            fell = attacked(attack, model, x[at], y[at], threat, batch) if len(at) else at.bool()
+            share = len(left[threat]) / count
+            lost = share * float(fell.float().mean()) if len(at) else 0.0
+            interval = wilson(int(fell.sum()), len(at))
+            click.echo(
+                f"{text} {attack}: {len(left[threat])} of {count} images are left ({share:.1%}); of "
+                f"{len(at)} tried {int(fell.sum())} fall [{interval.low:.1%}, {interval.high:.1%}]: "
+                f"{lost:.1%} of all; {time.perf_counter() - started:.0f} s"
+            )
+            lines.append(
+                {
+                    "defence": defence,
+                    "norm": threat.norm,
+                    "eps": threat.eps,
+                    "attack": attack,
+                    "images": count,
+                    "left": len(left[threat]),
+                    "tried": len(at),
+                    "broken": at[fell].tolist(),
+                    "share_of_all": lost,
+                }
+            )
+            if output is not None:
+                output.write_text(json.dumps({"rows": lines}) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
