@@ -119,7 +119,7 @@ class ManifoldFilter(nn.Module):
     def _aids(self, x: Tensor) -> dict[str, Any]:
         """Encoder, bank and metric; the latter two are made once for a device and a type."""
         c = self.config
-        key = (x.device, x.dtype, c.metric, c.uses_bank and (c.bank, c.seed))
+        key = (x.device, x.dtype, c.uses_metric and c.metric, c.uses_bank and (c.bank, c.seed))
         if key not in self._made:
             self._made[key] = surroundings(self.generator, x.detach()[:0], c)  # type: ignore[arg-type]
         bank, metric = self._made[key]

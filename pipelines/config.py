@@ -114,6 +114,7 @@ class EvaluateConfig:
     mode        standard: an attack meets the images that the cheaper ones before it left; full: all
     baselines   preprocessing in front of the plain classifier, beside the filter
     reject      share of clean images that the filter with a reject option may refuse (0: no such defence)
+    random      further starts, drawn anew at every call, of a randomised filter (0: no such defence)
     checks      images on which the signs of masked gradients are looked for (0: none are)
     classifier  package.module:function of your own one, which then takes the place of those of the run
     filter      folder of the filter to put in front of it; without, it stands beside baselines alone
@@ -127,6 +128,7 @@ class EvaluateConfig:
     threats: tuple[Threat, ...] = (Threat("linf", 0.15), Threat("l2", 1.0))
     baselines: tuple[Baseline, ...] = get_args(Baseline)
     reject: float = 0.05
+    random: int = 0
     checks: int = 30
     classifier: str = ""
     filter: str = ""
@@ -134,7 +136,8 @@ class EvaluateConfig:
         AttackConfig("noise", steps=10),
         AttackConfig("fgsm", views=("unaware", "exact")),
         AttackConfig("pgd", steps=20, restarts=2, loss="both", views=_PGD_VIEWS),
-        AttackConfig("apgd", steps=20, loss="dlr", views=("exact",)),
+        AttackConfig("apgd", steps=100, views=("exact",)),
+        AttackConfig("apgd", steps=40, loss="margin", views=("exact",)),
         AttackConfig("fmn", steps=30, views=("exact",)),
         AttackConfig("range", steps=20),
         AttackConfig("detector_aware", steps=20, views=("exact",)),
@@ -142,10 +145,10 @@ class EvaluateConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.images < 0 or self.batch_size < 1 or self.checks < 0:
+        if self.images < 0 or self.batch_size < 1 or self.checks < 0 or self.random < 0:
             raise ValueError(
-                "expected images ≥ 0, batch_size ≥ 1 and checks ≥ 0, "
-                f"got {self.images}, {self.batch_size} and {self.checks}"
+                "expected images ≥ 0, batch_size ≥ 1, checks ≥ 0 and random ≥ 0, "
+                f"got {self.images}, {self.batch_size}, {self.checks} and {self.random}"
             )
         if not 0 <= self.reject < 1:
             raise ValueError(f"reject: expected in [0, 1), got {self.reject}")

@@ -24,6 +24,7 @@ from manifold_defense.evaluation.baselines import (
 )
 from manifold_defense.filter import DefendedClassifier, ManifoldFilter
 from manifold_defense.projection import PRESETS, make_bank
+from manifold_defense.randomised import RandomisedFilter
 from manifold_defense.rejection import RejectingClassifier, threshold_at
 from manifold_defense.types import Threat
 from pipelines.context import Context
@@ -100,24 +101,33 @@ def _baselines(context: Context, classifier: nn.Module, filter: ManifoldFilter |
             defences.append(Defence.filtered(name, defended, views=("identity", "exact")))
             continue
         defence = Defence.preprocessed(name, Preprocessed(preprocess, classifier).to(device))
-        if isinstance(preprocess, RandomNoise):
-            attacked = {"unaware": classifier, "exact": Expectation(defence.model, _DRAWS)}
-            defence = replace(defence, attacked=attacked, draws=_DRAWS)
-        defences.append(defence)
+        defences.append(_averaged(defence) if isinstance(preprocess, RandomNoise) else defence)
     return defences
+
+
+def _averaged(defence: Defence) -> Defence:
+    """A defence that draws: its mean over draws is attacked, its score the share of draws that are right."""
+    attacked = {
+        view: model if view == "unaware" else Expectation(model, _DRAWS)
+        for view, model in defence.attacked.items()
+    }
+    return replace(defence, attacked=attacked, draws=_DRAWS)
 
 
 def _filtered(
     name: str, context: Context, classifier: nn.Module, filter: ManifoldFilter
 ) -> Iterator[Defence]:
-    """The classifier behind the filter, and behind one that refuses what it cannot draw.
+    """The classifier behind the filter, behind one that draws some of its starts, and one that refuses.
 
-    The latter's threshold is set on images that are not reported: test images beyond those that are
-    attacked, for the generator draws the training images better. Where too few are left, training
-    images have to do, and more than `reject` will be refused.
+    The last refuses what it cannot draw. Its threshold is set on images that are not reported: test
+    images beyond those that are attacked, for the generator draws the training images better. Where
+    too few are left, training images have to do, and more than `reject` will be refused.
     """
     config, data = context.config.evaluate, context.data
     yield Defence.filtered(name, DefendedClassifier(filter, classifier))
+    if config.random:
+        drawing = RandomisedFilter(filter.configured(replace(filter.config, restarts=1 + config.random)))
+        yield _averaged(Defence.filtered(f"{name}+random", DefendedClassifier(drawing, classifier)))
     if not config.reject:
         return
     attacked = config.images or len(data.test.labels)

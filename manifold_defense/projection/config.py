@@ -42,13 +42,13 @@ class ProjectionConfig:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
 
-    solver: Literal["gd", "adam", "lbfgs"] = "adam"
+    solver: Literal["gd", "adam", "lbfgs"] = "gd"
     start: Literal["encoder", "bank", "prior", "origin"] = "encoder"
     restarts: int = 1
     steps: int = 10
     step_size: float = 0.0
     momentum: float = 0.7
-    metric: Literal["none", "mean"] = "none"
+    metric: Literal["none", "mean"] = "mean"
     iterate: Literal["best", "last"] = "best"
     others: Literal["prior", "bank"] = "prior"
     bank: int = 2048
@@ -90,6 +90,10 @@ class ProjectionConfig:
     @property
     def uses_encoder(self) -> bool:
         return self.start == "encoder"
+
+    @property
+    def uses_metric(self) -> bool:
+        return self.metric != "none" and self.steps > 0
 
     @property
     def uses_bank(self) -> bool:

@@ -87,9 +87,9 @@ def surroundings(
     """Bank and metric that `config` asks for, made where they are missing; None where it does not."""
     if config.uses_bank and bank is None:
         bank = make_bank(generator, like, config.bank, config.seed)
-    if config.metric == "mean" and metric is None:
+    if config.uses_metric and metric is None:
         metric = mean_metric(generator, like)
-    return bank if config.uses_bank else None, metric if config.metric == "mean" else None
+    return bank if config.uses_bank else None, metric if config.uses_metric else None
 
 
 class Problem(NamedTuple):

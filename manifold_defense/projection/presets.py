@@ -7,17 +7,24 @@ from manifold_defense.projection.config import ProjectionConfig
 # Defense-GAN as published and coded: 200 momentum steps of rate 10, then 1, from each of 10 starts
 # N(0, I/D); the least final error wins (Samangouei, Kabkab, Chellappa, ICLR 2018). The yardstick.
 REFERENCE = ProjectionConfig(
-    solver="gd", start="origin", restarts=10, steps=200, step_size=10.0, momentum=0.7, iterate="last"
+    solver="gd",
+    metric="none",
+    start="origin",
+    restarts=10,
+    steps=200,
+    step_size=10.0,
+    momentum=0.7,
+    iterate="last",
 )
 
 PRESETS: dict[str, ProjectionConfig] = {
     "reference": REFERENCE,
     # No more error on clean images than the reference.
-    "accurate": ProjectionConfig(solver="lbfgs", metric="mean", steps=12),
+    "accurate": ProjectionConfig(solver="lbfgs", steps=12),
     # Forgives what an L∞ attack may have changed; at its best with an adversarially trained encoder.
-    "robust": ProjectionConfig(solver="adam", metric="mean", steps=10, loss="dead_zone_linf", radius=0.3),
+    "robust": ProjectionConfig(solver="adam", steps=10, loss="dead_zone_linf", radius=0.3),
     # As true on clean images as the reference, and more robust, at the least cost.
-    "fast": ProjectionConfig(solver="gd", metric="mean", steps=3, loss="dead_zone_linf", radius=0.2),
+    "fast": ProjectionConfig(steps=3, loss="dead_zone_linf", radius=0.2),
     # The encoder alone: a preview.
     "single_shot": ProjectionConfig(steps=0),
 }

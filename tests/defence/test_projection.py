@@ -22,7 +22,7 @@ SOLVERS = {
     "adam": ProjectionConfig("adam", "prior", steps=400, step_size=0.5),
     "lbfgs": ProjectionConfig("lbfgs", "prior", steps=40),
 }
-SHORT = ProjectionConfig(start="prior", steps=6)
+SHORT = ProjectionConfig(start="prior", steps=6, metric="none")
 
 
 def images(n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -98,7 +98,8 @@ def test_the_reference_is_defense_gan(networks: Any, dtype: torch.dtype) -> None
 
 
 def test_adam_is_that_of_torch_with_a_falling_rate() -> None:
-    generator, x, config = Curved(), images(3), ProjectionConfig("adam", "prior", steps=30, iterate="last")
+    generator, x = Curved(), images(3)
+    config = ProjectionConfig("adam", "prior", steps=30, metric="none", iterate="last")
     z = starts(x, 3, config, None)[:, 0].clone().requires_grad_(True)
     adam = torch.optim.Adam([z], lr=0.1, betas=(0.9, 0.99))
     rate = torch.optim.lr_scheduler.LambdaLR(adam, lambda k: 1 - k / 30)
@@ -185,7 +186,8 @@ def test_the_global_rng_is_left_alone() -> None:
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("step_size", [0.0, 30.0])
 def test_the_best_iterate_is_no_worse_than_the_last(solver: Any, step_size: float) -> None:
-    x, config = images(20), ProjectionConfig(solver, "prior", steps=7, step_size=step_size)
+    config = ProjectionConfig(solver, "prior", steps=7, step_size=step_size, metric="none")
+    x = images(20)
     best = project(Curved(), x, config).error
     last = project(Curved(), x, replace(config, iterate="last")).error
     assert (best <= last).all()
@@ -443,7 +445,7 @@ def test_a_start_at_the_minimum_has_a_finite_gradient(linear: Any, solver: Any) 
     image = project_exactly(
         linear,
         x,
-        ProjectionConfig(solver, steps=3, iterate="last"),
+        ProjectionConfig(solver, steps=3, metric="none", iterate="last"),
         encoder=lambda x: (x.flatten(1) - linear.offset) @ inverse.T,
     )
     cotangent = images(2) - 0.5

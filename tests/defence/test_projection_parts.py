@@ -155,7 +155,7 @@ def test_halving_keeps_the_better_half(solver: Any) -> None:
 
 def test_an_image_stops_at_its_target() -> None:
     generator, x = Curved(), images(40)
-    config = ProjectionConfig("adam", "prior", restarts=3, steps=40)
+    config = ProjectionConfig("adam", "prior", restarts=3, steps=40, metric="none")
     full = project(generator, x, config)
     target = float(full.error.median())
     found = project(generator, x, replace(config, target_error=target))

@@ -54,11 +54,21 @@ def test_an_own_classifier_is_evaluated_beside_baselines(tmp_path, name):
 
 def test_behind_a_filter(tmp_path, finished):
     folder = finished / "runs" / "digits" / "export" / "filter"
-    result = run("--classifier", "mine_first:classifier", "--filter", folder, "--run", "both")
+    more = ("--set", "evaluate.random=1")
+    result = run("--classifier", "mine_first:classifier", "--filter", folder, "--run", "both", *more)
     assert result.exit_code == 0, result.output
     found = metrics(tmp_path, "both")
     assert {r["defence"] for r in found["rows"]} == {
-        *("own", "binarise", "noise", "nearest", "encoder", "own+filter", "own+filter+reject")
+        *(
+            "own",
+            "binarise",
+            "noise",
+            "nearest",
+            "encoder",
+            "own+filter",
+            "own+filter+random",
+            "own+filter+reject",
+        )
     }
     assert "own+filter" in result.output
     assert {"unaware", "exact"} <= {r["view"] for r in found["rows"] if r["attack"] == "pgd"}
