@@ -25,9 +25,10 @@ class EncoderConfig:
 
     The loss is `‖G(E(x + δ)) − x‖²` on data plus `latent_weight · ‖E(G(z)) − z‖²` on samples.
 
-    perturbation  none: δ = 0; noise: δ drawn in the ball; adversarial: one gradient step from
-                  there up the reconstruction error, `min_E max_δ ‖G(E(x + δ)) − x‖²`, in the
-                  manner of Wong, Rice & Kolter (2020)
+    perturbation  none: δ = 0; noise: δ drawn in the ball; adversarial: from there up the
+                  reconstruction error, `min_E max_δ ‖G(E(x + δ)) − x‖²`
+    attack_steps  gradients that it climbs: one, in the manner of Wong, Rice & Kolter (2020), or more,
+                  as PGD does (Madry et al. 2018)
     norm, eps     the ball: linf, l2, or both by turns, with a radius for each
     ramp          share of the training over which the radius grows from 0
     clean_share   weight of the loss at δ = 0 beside the perturbed one
@@ -41,6 +42,7 @@ class EncoderConfig:
     latent_weight: float = 0.02
     average_half_life: int = 5_000
     perturbation: Literal["none", "noise", "adversarial"] = "none"
+    attack_steps: int = 1
     norm: Literal["linf", "l2", "both"] = "linf"
     eps_linf: float = 0.3
     eps_l2: float = 2.5
@@ -60,7 +62,7 @@ class EncoderConfig:
         for name in ("ramp", "clean_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected in [0, 1], got {getattr(self, name)}")
-        for name in ("images", "batch_size", "average_half_life"):
+        for name in ("images", "batch_size", "average_half_life", "attack_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not self.lr > 0:
@@ -136,14 +138,17 @@ def _perturbed(
             * _unit(torch.randn(x.shape, generator=rng).to(x))
         )
     if config.perturbation == "adversarial":
-        at = (x + delta).clamp(0, 1).requires_grad_(True)
-        error = (generator(encoder(at)) - x).square().sum()
-        (gradient,) = torch.autograd.grad(error, at)
-        if norm == "linf":
-            delta = (delta + 1.25 * eps * gradient.sign()).clamp(-eps, eps)
-        else:
-            delta = delta + 1.25 * eps * _unit(gradient)
-            delta = delta * (eps / _size(delta)).clamp(max=1.0)
+        # Both lengths cross the ball, from wherever δ began.
+        length = eps * (1.25 if config.attack_steps == 1 else 2.5 / config.attack_steps)
+        for _ in range(config.attack_steps):
+            at = (x + delta).clamp(0, 1).requires_grad_(True)
+            error = (generator(encoder(at)) - x).square().sum()
+            (gradient,) = torch.autograd.grad(error, at)
+            if norm == "linf":
+                delta = (delta + length * gradient.sign()).clamp(-eps, eps)
+            else:
+                delta = delta + length * _unit(gradient)
+                delta = delta * (eps / _size(delta)).clamp(max=1.0)
     return (x + delta).clamp(0, 1)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from manifold_defense.artifact import load_classifier, load_filter
+from manifold_defense.artifact import load_classifier, load_filter, load_gan
 from manifold_defense.attacks import Expectation
+from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.evaluation import Defence
 from manifold_defense.evaluation.baselines import (
     Binarise,
@@ -31,10 +32,18 @@ from pipelines.context import Context
 from pipelines.data import subset, to_float
 from pipelines.own import load_own
 from pipelines.stage import StageError
-from pipelines.stages.project import load_parts
 
 _CALIBRATION = 500  # images on which a threshold is set
 _DRAWS = 10  # of a randomised baseline, for each verdict and each averaged gradient
+
+
+def load_parts(context: Context) -> tuple[ManifoldFilter, ImageClassifier]:
+    """The filter of this run and the classifier, on this process's device."""
+    generator, encoder = load_gan(context.inputs["train-encoder"])
+    filter = ManifoldFilter(generator, encoder, context.config.projection)
+    classifier = load_classifier(context.inputs["train-classifier"])
+    device = context.fabric.device
+    return filter.to(device), classifier.requires_grad_(False).to(device)
 
 
 def make_defences(context: Context) -> list[Defence]:

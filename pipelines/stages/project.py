@@ -9,23 +9,14 @@ import torch
 from torch import Tensor
 
 from gan.quality import frechet_distance, precision_recall
-from manifold_defense.artifact import load_classifier, load_gan
 from manifold_defense.attacks import pgd
 from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.filter import ManifoldFilter
 from pipelines.board import Strip, predictions, save_figure, strips
 from pipelines.context import Context
+from pipelines.defences import load_parts
 
 CHUNK = 250
-
-
-def load_parts(context: Context) -> tuple[ManifoldFilter, ImageClassifier]:
-    """The filter of this run and the classifier, on this process's device."""
-    generator, encoder = load_gan(context.inputs["train-encoder"])
-    filter = ManifoldFilter(generator, encoder, context.config.projection)
-    classifier = load_classifier(context.inputs["train-classifier"])
-    device = context.fabric.device
-    return filter.to(device), classifier.requires_grad_(False).to(device)
 
 
 def run(context: Context) -> dict[str, Any]:

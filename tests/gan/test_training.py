@@ -267,11 +267,11 @@ def attacked(encoder: nn.Module, generator: nn.Module, x: Tensor, config: Encode
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.3), ("l2", 2.0)])
-@pytest.mark.parametrize("kind", ["noise", "adversarial"])
-def test_perturbed_images_stay_in_the_ball(norm: Any, eps: float, kind: Any) -> None:
+@pytest.mark.parametrize(("kind", "steps"), [("noise", 1), ("adversarial", 1), ("adversarial", 5)])
+def test_perturbed_images_stay_in_the_ball(norm: Any, eps: float, kind: Any, steps: int) -> None:
     generator = seeded(3, lambda: Generator(SHAPE, NETWORK))
     encoder = seeded(4, lambda: Encoder(SHAPE, NETWORK))
-    config = EncoderConfig(perturbation=kind, norm=norm, eps_linf=0.3, eps_l2=2.0)
+    config = EncoderConfig(perturbation=kind, attack_steps=steps, norm=norm, eps_linf=0.3, eps_l2=2.0)
     x = torch.rand(20, *SHAPE, generator=torch.Generator().manual_seed(0))
     for radius in (0.0, 0.5, 1.0):
         got = _perturbed(encoder, generator, x, config, radius, 0, step_rng(0, 0))
@@ -282,6 +282,20 @@ def test_perturbed_images_stay_in_the_ball(norm: Any, eps: float, kind: Any) -> 
         assert got.max() <= 1
         if radius and kind == "adversarial":
             assert (size > 0.5 * radius * eps).any()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_more_steps_of_the_attack_on_an_encoder_raise_its_error_further(norm: Any) -> None:
+    generator = seeded(3, lambda: Generator(SHAPE, NETWORK))
+    encoder = seeded(4, lambda: Encoder(SHAPE, NETWORK))
+    with torch.no_grad():
+        x = generator(torch.randn(64, 6, generator=torch.Generator().manual_seed(1)))
+    errors = []
+    for kind, steps in (("noise", 1), ("adversarial", 1), ("adversarial", 8)):
+        config = EncoderConfig(perturbation=kind, attack_steps=steps, norm=norm, eps_linf=0.2, eps_l2=1.5)  # type: ignore[arg-type]
+        got = _perturbed(encoder, generator, x, config, 1.0, 0, step_rng(0, 0))
+        errors.append(float((generator(encoder(got)) - x).square().mean()))
+    assert errors == sorted(errors)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +309,10 @@ def test_perturbed_images_stay_in_the_ball(norm: Any, eps: float, kind: Any) -> 
         (GanConfig, "beta1", 1.0),
         (GanConfig, "beta2", -0.1),
         (GanConfig, "loss", "hinge"),
-        *((EncoderConfig, key, 0) for key in ("images", "batch_size", "average_half_life", "lr")),
+        *(
+            (EncoderConfig, key, 0)
+            for key in ("images", "batch_size", "average_half_life", "attack_steps", "lr")
+        ),
         (EncoderConfig, "latent_weight", -0.1),
         (EncoderConfig, "perturbation", "fgsm"),
         (EncoderConfig, "norm", "l1"),
