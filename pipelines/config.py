@@ -170,12 +170,17 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a run depends on; `run` names its folder below `runs/`."""
+    """Everything that a run depends on; `run` names its folder below `runs/`.
+
+    filter   folder of a finished filter whose generator and encoder are trained on, instead of a GAN of
+             the run's own
+    """
 
     __pydantic_config__: ClassVar = _STRICT
 
     run: str = "digits"
     seed: int = 0
+    filter: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     fabric: FabricConfig = field(default_factory=FabricConfig)
     gan: GanConfig = field(default_factory=GanConfig)

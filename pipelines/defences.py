@@ -33,6 +33,8 @@ from pipelines.data import subset, to_float
 from pipelines.own import load_own
 from pipelines.stage import StageError
 
+# Whose worst of all attacks is set beside whose.
+PAIRS = (("undefended", "filter"), ("hardened", "hardened+filter"), ("own", "own+filter"))
 _CALIBRATION = 500  # images on which a threshold is set
 _DRAWS = 10  # of a randomised baseline, for each verdict and each averaged gradient
 

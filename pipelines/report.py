@@ -70,35 +70,29 @@ def _column(row: Mapping[str, Any]) -> str:
     return "" if row["view"] in ("deployed", "transfer", "all", None) else "approximate"
 
 
-def summary(rows: Rows) -> list[str]:
+def summary(rows: Rows, comparisons: Rows) -> list[str]:
     """One sentence a threat: what the filter changes, by the worst of all attacks and views."""
     by_key = {(r["defence"], r["norm"], r["eps"]): r for r in rows if r["attack"] == "worst"}
-    threats = list(dict.fromkeys((norm, eps) for _, norm, eps in by_key))
-    pairs = (("undefended", "filter"), ("hardened", "hardened+filter"), ("own", "own+filter"))
-    lines = []
-    for norm, eps in threats:
-        parts = []
-        for bare, filtered in pairs:
-            before, after = by_key.get((bare, norm, eps)), by_key.get((filtered, norm, eps))
-            if before is None or after is None:
-                continue
-            parts.append(
-                f"{bare} {percent(before['robust_accuracy'])} → {filtered} "
-                f"{percent(after['robust_accuracy'])} ({_verdict(before, after)})"
-            )
-        if parts:
-            lines.append(f"{_threat(norm, eps)}, worst of all attacks and views: " + "; ".join(parts))
-    return lines
+    parts: dict[str, list[str]] = {}
+    for found in comparisons:
+        threat = (found["norm"], found["eps"])
+        before, after = by_key[found["before"], *threat], by_key[found["after"], *threat]
+        parts.setdefault(_threat(*threat), []).append(
+            f"{found['before']} {percent(before['robust_accuracy'])} → {found['after']} "
+            f"{percent(after['robust_accuracy'])} ({_verdict(before, after, found)})"
+        )
+    return [f"{threat}, worst of all attacks and views: " + "; ".join(own) for threat, own in parts.items()]
 
 
-def _verdict(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+def _verdict(before: Mapping[str, Any], after: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """By the sign test at 5 %."""
     if before["masked"] or after["masked"]:
         return "no verdict: a figure is masked"
-    if after["ci_low"] > before["ci_high"]:
-        return "the filter helps"
-    if after["ci_high"] < before["ci_low"]:
-        return "the filter harms"
-    return "no difference beyond the interval"
+    gained, lost = found["gained"], found["lost"]
+    figures = f"{gained} images gained, {lost} lost, p {found['p']:.2g}"
+    if found["p"] > 0.05:
+        return f"no difference: {figures}"
+    return f"the filter {'helps' if gained > lost else 'harms'}: {figures}"
 
 
 def percent(share: float) -> str:
@@ -123,7 +117,7 @@ def print_results(console: Console, metrics: Mapping[str, Any]) -> None:
             masked = line[6].endswith(MASKED)
             shown.add_row(*line[:6], line[6] if masked else f"[bold]{line[6]}[/]", line[7])
         console.print(shown)
-    for sentence in summary(metrics["rows"]):
+    for sentence in summary(metrics["rows"], metrics["comparisons"]):
         console.print(sentence, highlight=False, soft_wrap=True)
 
 
@@ -142,7 +136,7 @@ def markdown_results(metrics: Mapping[str, Any]) -> str:
             for line in table.lines
         ]
         parts.append(markdown_table(COLUMNS, lines) + "\n")
-    parts += [f"- {sentence}\n" for sentence in summary(metrics["rows"])]
+    parts += [f"- {sentence}\n" for sentence in summary(metrics["rows"], metrics["comparisons"])]
     return "".join(parts)
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manifold_defense.attacks import apgd, fgsm, geometry, noise, pgd, square
+from manifold_defense.attacks import fgsm, geometry, noise, pgd, square
 from manifold_defense.attacks.objective import correct, evaluation_mode, logits_and_gradient, margins
-from manifold_defense.evaluation.suite import Defence
+from manifold_defense.evaluation.suite import AttackConfig, AttackName, Defence
+from manifold_defense.rejection import RejectingClassifier, defended
 from manifold_defense.types import Classifier, Threat
 
 # By how much two shares of a few dozen images may differ by chance.
@@ -104,6 +105,12 @@ class Subject:
     def robust(self, x_adv: Tensor) -> Tensor:
         """Which images (N,) the deployed model gets right, clean and as `x_adv`."""
         return correct(self.logits(self.x), self.y) & correct(self.logits(x_adv), self.y)
+
+    def holds(self, x_adv: Tensor, y: Tensor) -> Tensor:
+        """Which attacked images (N,) the deployed model gets right, or refuses."""
+        if self.defence.predict is None:
+            return correct(self.logits(x_adv), y)
+        return defended(self.defence.predict(x_adv), y, attacked=True)
 
     def share(self, *attack: Any) -> float:
         """Of the images that are robust to `adversarial(*attack)`."""
@@ -253,21 +260,14 @@ def convergence(s: Subject) -> Check:
         (x, y), share, most = (s.x[alive], s.y[alive]), float(alive.float().mean()), 3 * _TOLERANCE
     else:
         (x, y), share, most = s.left, s.left_share, _FALL
-    norm, eps = s.threat.norm, s.threat.eps
-    longer = apgd(
-        s.exact,
-        x,
-        y,
-        norm=norm,
-        eps=eps,
-        steps=_LONG,
-        stop_early=s.defence.draws == 1,
-        seed=s.seed + 1_000_003,  # not a start that the attacks before had
-    )
-    broken = int((~correct(s.logits(longer), y)).sum()) if len(x) else 0
+    name: AttackName = "detector_aware" if isinstance(s.exact, RejectingClassifier) else "apgd"
+    seed = s.seed + 1_000_003  # not a start that the attacks before had
+    press = s.defence.draws > 1
+    attack = AttackConfig(name, _LONG).bind(s.threat, seed=seed, press=press, model=s.exact)
+    broken = int((~s.holds(attack(s.exact, x, y), y)).sum()) if len(x) else 0
     fall = share * broken / max(len(x), 1)
     words = (
-        f"APGD of {_LONG} steps breaks another {broken} of {len(x)} images that were left: "
+        f"{name} of {_LONG} steps breaks another {broken} of {len(x)} images that were left: "
         f"the figure is some {100 * fall:.0f} points too high"
     )
     return s.verdict("convergence", fall, broken < 2 or fall <= most, words)

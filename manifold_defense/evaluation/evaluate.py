@@ -19,7 +19,7 @@ from manifold_defense.attacks.norms import sizes
 from manifold_defense.attacks.objective import correct, evaluation_mode
 from manifold_defense.evaluation.checks import Check, examine
 from manifold_defense.evaluation.meter import COSTS, Meter
-from manifold_defense.evaluation.statistics import wilson
+from manifold_defense.evaluation.statistics import paired, wilson
 from manifold_defense.evaluation.suite import NO_GRADIENT, AttackConfig, Defence, Job, jobs
 from manifold_defense.randomised import seeded
 from manifold_defense.rejection import defended
@@ -90,6 +90,19 @@ class Evaluation:
     checks: list[Check]
     worst: Mapping[tuple[str, Threat], Tensor]  # (N,) scores
     broken: Mapping[tuple[str, Threat], Tensor]  # (B, C, H, W), what first fooled it
+
+    def comparisons(self, before: str, after: str) -> list[dict[str, Any]]:
+        """What the defence `after` gained and lost on `before`, for each threat and their union."""
+        threats = [threat for name, threat in self.worst if name == before]
+        found = []
+        for together in ([t] for t in threats) if len(threats) == 1 else (*([t] for t in threats), threats):
+            scores = [
+                torch.stack([self.worst[name, t] for t in together]).amin(0) for name in (before, after)
+            ]
+            norm, eps = (together[0].norm, together[0].eps) if len(together) == 1 else (UNION, 0.0)
+            line = {"before": before, "after": after, "norm": norm, "eps": eps}
+            found.append({**line, **paired(*scores)._asdict()})
+        return found
 
     def transfers(self) -> list[dict[str, Any]]:
         """Who fools whom: of the images that broke `source`, the share that fools `target`."""

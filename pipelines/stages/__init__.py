@@ -25,8 +25,8 @@ _ALL = (
         "train-encoder",
         1,
         "encoder of the finished generator",
-        ("seed", "data", "encoder"),
-        lambda config: ("train-gan",),
+        ("seed", "filter", "data", "encoder"),
+        lambda config: () if config.filter else ("train-gan",),
         train_encoder.run,
     ),
     Stage(
@@ -55,7 +55,7 @@ _ALL = (
     ),
     Stage(
         "evaluate",
-        3,
+        4,
         "every attack on every defence, worst per image",
         ("seed", "data", "projection", "harden", "evaluate"),
         lambda config: () if config.evaluate.classifier else ("train-encoder", "train-classifier", "harden"),

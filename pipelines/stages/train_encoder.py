@@ -1,22 +1,27 @@
-"""Stage `train-encoder`: fit the encoder to the finished generator, from the joint one if there is one."""
+"""Stage `train-encoder`: fit the encoder to the finished generator, from the joint one if there is one.
+
+Both come from stage `train-gan`, or from a finished filter.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from gan.inversion import encoder_state, train_encoder
-from gan.networks import Encoder
+from gan.networks import Encoder, Generator
 from gan.optimisation import seeded
-from manifold_defense.artifact import load_gan, save_gan
+from manifold_defense.artifact import load_filter, load_gan, save_gan
 from pipelines.board import grid
 from pipelines.context import Context
+from pipelines.stage import StageError
 
 
 def run(context: Context) -> dict[str, Any]:
     config, fabric, seed = context.config.encoder, context.fabric, context.config.seed
-    generator, encoder = load_gan(context.inputs["train-gan"])
+    generator, encoder = _networks(context)
     if encoder is None:
         encoder = seeded(seed, lambda: Encoder(generator.image_shape, generator.config))
     generator = generator.eval().requires_grad_(False).to(fabric.device)
@@ -41,3 +46,20 @@ def run(context: Context) -> dict[str, Any]:
         save_gan(generator, average, context.folder)
     with torch.no_grad():
         return {"encoder_error": float((generator(average(x)) - x).square().mean())}
+
+
+def _networks(context: Context) -> tuple[Generator, Encoder | None]:
+    """Generator and encoder that the training starts from."""
+    folder = context.config.filter
+    if not folder:
+        return load_gan(context.inputs["train-gan"])
+    filter = load_filter(Path(folder))
+    if filter.image_shape != context.data.image_shape:
+        raise StageError(
+            f"{folder}: a filter for images of shape {filter.image_shape}, "
+            f"the data have {context.data.image_shape}"
+        )
+    generator, encoder = filter.generator, filter.encoder
+    if not isinstance(generator, Generator) or not isinstance(encoder, Encoder | None):
+        raise StageError(f"{folder}: expected networks that `gan` builds")
+    return generator, None if encoder is None else encoder.requires_grad_(True)

@@ -13,6 +13,7 @@ from manifold_defense.attacks import Expectation
 from manifold_defense.evaluation import CHECKS, Defence, checks, examine
 from manifold_defense.evaluation.baselines import Preprocessed, RandomNoise
 from manifold_defense.evaluation.checks import Subject
+from manifold_defense.rejection import RejectingClassifier
 
 LINF = Threat("linf", 0.1)
 
@@ -150,6 +151,29 @@ def test_noise_is_no_finding_where_its_draws_are_averaged(learned: Any) -> None:
     assert failed(averaged, x, y) == set()
     one_draw = replace(averaged, attacked={"exact": random})
     assert "randomness" in failed(one_draw, x, y)
+
+
+def test_images_that_a_longer_attack_still_breaks_are_told(learned: Any) -> None:
+    """Clean images were never attacked: to call them robust is the mistake that the check is for."""
+    model, x, y = learned
+    honest = Defence.bare("honest", model)
+    by_name = {c.name: c for c in examine(honest, LINF, x, y, left=(x, y), left_share=1.0)}
+    found = by_name["convergence"]
+    assert not found.passed
+    assert found.figure > 0.3
+    none = examine(honest, LINF, x, y, left=(x[:0], y[:0]), left_share=0.0)
+    assert all(c.passed for c in none)
+    rare = examine(honest, LINF, x, y, left=(x, y), left_share=0.01)
+    assert all(c.passed for c in rare)  # of a hundredth of the images little can be lost
+
+
+def test_a_refusal_holds(learned: Any, linear: Any) -> None:
+    model, x, y = learned
+    filter = ManifoldFilter(linear.float(), config=ProjectionConfig("gd", "origin", steps=5))
+    strict = Defence.filtered("strict", RejectingClassifier(filter, model, threshold=0.0))
+    assert strict.predict is not None
+    assert (strict.predict(x) == -1).all()
+    assert Subject(strict, LINF, x, y).holds(x, y).all()
 
 
 def test_a_model_that_is_always_wrong_says_nothing(learned: Any) -> None:

@@ -23,6 +23,7 @@ from manifold_defense.evaluation import (
     wilson,
 )
 from manifold_defense.evaluation.baselines import Binarise, Preprocessed
+from manifold_defense.evaluation.statistics import paired
 from manifold_defense.evaluation.suite import SPECS
 from manifold_defense.rejection import RejectingClassifier
 
@@ -464,6 +465,32 @@ def test_threats_are_kept_apart_and_their_union_is_the_worst() -> None:
         ("union", 0.0): 0.4,
     }
     assert [r.trained for r in worst.values()] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ([1, 1, 1, 0], [1, 1, 1, 0], (0, 0, 1.0)),
+        ([0.0] * 5, [1.0] * 5, (5, 0, 2 / 2**5)),
+        ([1.0] * 3 + [0.0], [0.0, 0.5, 0.0, 1.0], (1, 3, 2 * (1 + 4) / 2**4)),
+        ([], [], (0, 0, 1.0)),
+    ],
+)
+def test_the_sign_test_looks_at_what_changed(before: Any, after: Any, expected: Any) -> None:
+    found = paired(torch.tensor(before), torch.tensor(after))
+    assert found == (*expected[:2], pytest.approx(expected[2]))
+    with pytest.raises(ValueError, match="expected scores of the same images"):
+        paired(torch.tensor(before), torch.ones(9))
+
+
+def test_two_defences_are_compared_image_by_image() -> None:
+    x, y = numbered(5)
+    a, b = Defence.bare("a", Table(A)), Defence.bare("b", Table([*A[:2], 1.0, *A[3:]]))
+    found = evaluate([a, b], [Push.of(0.3)], [FAR, Threat("linf", 0.4)], x, y, checks=0)
+    lines = found.comparisons("a", "b")
+    assert [(line["norm"], line["eps"]) for line in lines] == [("linf", 0.5), ("linf", 0.4), ("union", 0.0)]
+    for line in lines:
+        assert (line["before"], line["after"], line["gained"], line["lost"]) == ("a", "b", 1, 0)
 
 
 def test_what_breaks_one_defence_is_tried_on_the_others() -> None:
