@@ -58,10 +58,7 @@ def make_defences(model: nn.Module, filter: ManifoldFilter, presets: tuple[str, 
         config = PRESETS[name]
         deployed = DefendedClassifier(filter.configured(config), model)
         first = DefendedClassifier(filter.configured(replace(config, restarts=1)), model)
-        attacked = Defence.filtered(name, first).attacked
-        if not config.steps:  # without a solver the exact gradient is the start's
-            attacked = {view: attacked[view] for view in ("unaware", "exact")}
-        defences.append(Defence(name, deployed, attacked))
+        defences.append(Defence(name, deployed, Defence.filtered(name, first).attacked))
     return defences
 
 

@@ -36,16 +36,16 @@ class EncoderConfig:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
 
-    images: int = 25_000
+    images: int = 50_000
     batch_size: int = 64
     lr: float = 1e-3
     latent_weight: float = 0.02
     average_half_life: int = 5_000
-    perturbation: Literal["none", "noise", "adversarial"] = "none"
-    attack_steps: int = 1
-    norm: Literal["linf", "l2", "both"] = "linf"
-    eps_linf: float = 0.3
-    eps_l2: float = 2.5
+    perturbation: Literal["none", "noise", "adversarial"] = "adversarial"
+    attack_steps: int = 4
+    norm: Literal["linf", "l2", "both"] = "both"
+    eps_linf: float = 0.15
+    eps_l2: float = 1.0
     ramp: float = 0.5
     clean_share: float = 0.0
 

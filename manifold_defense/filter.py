@@ -88,7 +88,12 @@ class ManifoldFilter(nn.Module):
         return other
 
     def views(self) -> tuple[View, ...]:
-        """The views that this filter has: all, without `start` if it starts from no encoder."""
+        """The views that this filter has: all, without `start` if it starts from no encoder.
+
+        Of an encoder alone the exact gradient is the start's, and nothing is left to approximate.
+        """
+        if self.config.uses_encoder and not self.config.steps:
+            return ("identity", "exact")
         return tuple(view for view in VIEWS if view != "start" or self.config.uses_encoder)
 
     def project(self, x: Tensor) -> Projection:

@@ -107,9 +107,9 @@ def _baselines(context: Context, classifier: nn.Module, filter: ManifoldFilter |
             continue
         elif name == "nearest":
             preprocess = NearestBank(_bank_images(filter))
-        else:  # the encoder alone, whose exact gradient is the start's
+        else:  # the encoder alone
             defended = DefendedClassifier(filter.configured(PRESETS["single_shot"]), classifier)
-            defences.append(Defence.filtered(name, defended, views=("identity", "exact")))
+            defences.append(Defence.filtered(name, defended))
             continue
         defence = Defence.preprocessed(name, Preprocessed(preprocess, classifier).to(device))
         defences.append(_averaged(defence) if isinstance(preprocess, RandomNoise) else defence)
