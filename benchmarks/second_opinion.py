@@ -25,7 +25,7 @@ import click
 import torch
 from torch import Tensor
 
-from manifold_defense import DefendedClassifier, Threat, load_classifier, load_filter
+from manifold_defense import PRESETS, DefendedClassifier, Threat, load_classifier, load_filter
 from manifold_defense.attacks.norms import geometry
 from manifold_defense.attacks.objective import correct
 from manifold_defense.evaluation.adapters import art_classifier, autoattack
@@ -91,6 +91,7 @@ def attacked(name: str, model: Classifier, x: Tensor, y: Tensor, threat: Threat,
 @click.option("--defence", default="own+filter")
 @click.option("--classifier", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--filter", "folder", type=click.Path(exists=True, path_type=Path))
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="Of the filter, if not its own.")
 @click.option("--attack", "attacks", multiple=True, default=ATTACKS, type=click.Choice(ATTACKS))
 @click.option("--threat", "threats", multiple=True, default=("linf:0.3", "l2:2.5"), metavar="NORM:EPS")
 @click.option("--data", default="mnist")
@@ -103,6 +104,7 @@ def main(
     defence: str,
     classifier: Path,
     folder: Path | None,
+    preset: str | None,
     attacks: tuple[str, ...],
     threats: tuple[str, ...],
     data: str,
@@ -113,7 +115,10 @@ def main(
 ) -> None:
     count, left = survivors(evaluation / "images.csv", defence)
     bare = load_classifier(classifier).requires_grad_(False)
-    model: Classifier = DefendedClassifier(load_filter(folder), bare) if folder else bare
+    model: Classifier = bare
+    if folder is not None:
+        filter = load_filter(folder)
+        model = DefendedClassifier(filter.configured(PRESETS[preset]) if preset else filter, bare)
     test = load_data(load_config(None, [f"data.name={data}", *changes]).data).test
     test = subset(test, count)
     x, y = to_float(test.images), test.labels
