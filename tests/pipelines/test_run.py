@@ -17,6 +17,7 @@ from pipelines_support import invoke, settings
 from safetensors.torch import load_file
 
 from manifold_defense import PRESETS, load_classifier, load_filter
+from manifold_defense.artifact import load_gan
 from pipelines.context import Context, InterruptionError
 from pipelines.stages import STAGES
 
@@ -413,6 +414,23 @@ def test_a_latent_objective_needs_the_encoder_and_hardens(run_folder):
     assert result.exit_code == 0, result.output
     facts = json.loads((run_folder / "harden" / "stage.json").read_text())
     assert set(facts["inputs"]) == {"train-classifier", "train-encoder"}
+
+
+def test_an_encoder_is_trained_for_a_finished_filter(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = finished / "runs" / "digits" / "export" / "filter"
+    result = invoke("run", "train-encoder", *settings(f"filter={folder}", "run=on", "encoder.images=128"))
+    assert result.exit_code == 0, result.output
+    assert "train-gan" not in result.output
+    before, (generator, encoder) = load_filter(folder), load_gan(Path("runs/on/train-encoder"))
+    kept = zip(before.generator.parameters(), generator.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in kept)
+    changed = zip(before.encoder.parameters(), encoder.parameters(), strict=True)
+    assert not all(torch.equal(a, b) for a, b in changed)
+    other = invoke("run", "train-encoder", *settings("filter=none", "run=off"))
+    assert other.exit_code == 1
+    assert "none" in other.output
+    assert "Traceback" not in other.output
 
 
 def test_an_image_folder_goes_through_the_whole_pipeline(tmp_path, monkeypatch):
