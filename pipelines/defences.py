@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from manifold_defense.artifact import load_classifier, load_filter, load_gan
+from manifold_defense.artifact import load_classifier, load_gan
 from manifold_defense.attacks import Expectation
 from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.evaluation import Defence
@@ -30,8 +29,7 @@ from manifold_defense.rejection import RejectingClassifier, threshold_at
 from manifold_defense.types import Threat
 from pipelines.context import Context
 from pipelines.data import subset, to_float
-from pipelines.own import load_own
-from pipelines.stage import StageError
+from pipelines.own import load_own, load_own_filter
 
 # Whose worst of all attacks is set beside whose.
 PAIRS = (("undefended", "filter"), ("hardened", "hardened+filter"), ("own", "own+filter"))
@@ -74,12 +72,7 @@ def make_defences(context: Context) -> list[Defence]:
 def _own_defences(source: str, folder: str, context: Context) -> list[Defence]:
     device = context.fabric.device
     classifier = load_own(source, context.data.image_shape, device)
-    filter = load_filter(Path(folder)).to(device) if folder else None
-    if filter is not None and filter.image_shape != context.data.image_shape:
-        raise StageError(
-            f"{folder}: a filter for images of shape {filter.image_shape}, "
-            f"the data have {context.data.image_shape}"
-        )
+    filter = load_own_filter(folder, context.data.image_shape, device) if folder else None
     defences = [Defence.bare("own", classifier), *_baselines(context, classifier, filter)]
     if filter is not None:
         defences += _filtered("own+filter", context, classifier, filter)

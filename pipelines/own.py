@@ -1,13 +1,18 @@
-"""A user's own classifier, named as `package.module:function`."""
+"""What a user brings along: a classifier, named as `package.module:function`, and a filter's folder."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import sys
+from pathlib import Path
 
 import torch
 from torch import nn
+
+from manifold_defense.artifact import load_filter
+from manifold_defense.filter import ManifoldFilter
+from pipelines.stage import StageError
 
 
 class OwnClassifierError(Exception):
@@ -47,3 +52,13 @@ def load_own(source: str, image_shape: tuple[int, ...], device: torch.device) ->
         shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise OwnClassifierError(f"--classifier {source}: expected logits (N, K), got {shape}")
     return model
+
+
+def load_own_filter(folder: str, image_shape: tuple[int, ...], device: torch.device) -> ManifoldFilter:
+    """The filter in `folder`, for images of `image_shape`; StageError if it is for others."""
+    filter = load_filter(Path(folder)).to(device)
+    if filter.image_shape != image_shape:
+        raise StageError(
+            f"{folder}: a filter for images of shape {filter.image_shape}, the data have {image_shape}"
+        )
+    return filter

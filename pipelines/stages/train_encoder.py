@@ -5,7 +5,6 @@ Both come from stage `train-gan`, or from a finished filter.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +12,10 @@ import torch
 from gan.inversion import encoder_state, train_encoder
 from gan.networks import Encoder, Generator
 from gan.optimisation import seeded
-from manifold_defense.artifact import load_filter, load_gan, save_gan
+from manifold_defense.artifact import load_gan, save_gan
 from pipelines.board import grid
 from pipelines.context import Context
-from pipelines.stage import StageError
+from pipelines.own import load_own_filter
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -53,13 +52,8 @@ def _networks(context: Context) -> tuple[Generator, Encoder | None]:
     folder = context.config.filter
     if not folder:
         return load_gan(context.inputs["train-gan"])
-    filter = load_filter(Path(folder))
-    if filter.image_shape != context.data.image_shape:
-        raise StageError(
-            f"{folder}: a filter for images of shape {filter.image_shape}, "
-            f"the data have {context.data.image_shape}"
-        )
+    filter = load_own_filter(folder, context.data.image_shape, context.fabric.device)
     generator, encoder = filter.generator, filter.encoder
-    if not isinstance(generator, Generator) or not isinstance(encoder, Encoder | None):
-        raise StageError(f"{folder}: expected networks that `gan` builds")
+    assert isinstance(generator, Generator)  # as in every folder of a filter
+    assert isinstance(encoder, Encoder | None)
     return generator, None if encoder is None else encoder.requires_grad_(True)

@@ -295,8 +295,9 @@ def test_more_steps_of_the_attack_on_an_encoder_raise_its_error_further(norm: An
     with torch.no_grad():
         x = generator(torch.randn(64, 6, generator=torch.Generator().manual_seed(1)))
     errors = []
-    for kind, steps in (("noise", 1), ("adversarial", 1), ("adversarial", 8)):
-        config = EncoderConfig(perturbation=kind, attack_steps=steps, norm=norm, eps_linf=0.2, eps_l2=1.5)  # type: ignore[arg-type]
+    cases: list[tuple[Any, int]] = [("noise", 1), ("adversarial", 1), ("adversarial", 8)]
+    for kind, steps in cases:
+        config = EncoderConfig(perturbation=kind, attack_steps=steps, norm=norm, eps_linf=0.2, eps_l2=1.5)
         got = _perturbed(encoder, generator, x, config, 1.0, 0, step_rng(0, 0))
         with torch.no_grad():
             errors.append(float((generator(encoder(got)) - x).square().mean()))
