@@ -98,7 +98,7 @@ def classifiers(shop: Workshop) -> dict[str, nn.Module]:
             work(context)
             context.close()
         return {
-            "hardened": load_classifier(hardened).requires_grad_(False),
+            "hardened": load_classifier(hardened / "hardened").requires_grad_(False),
             "standard": load_classifier(standard).requires_grad_(False),
         }
 

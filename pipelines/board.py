@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,3 +59,31 @@ def save_figure(figure: Any, path: Path) -> None:
 def predictions(model: Any, x: Tensor) -> list[int]:
     """Class indices of images (N, C, H, W)."""
     return [int(i) for i in model(x).argmax(1)]
+
+
+def curves(x: Sequence[float], lines: Mapping[str, Sequence[float]], across: str, up: str) -> Any:
+    """A matplotlib figure of shares against x, a line each."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    for name, values in lines.items():
+        axis.plot(x, values, label=name, linewidth=1.5)
+    axis.set(xlabel=across, ylabel=up, ylim=(0, 1.02), xlim=(min(x), max(x)))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def scatter(points: Mapping[str, tuple[float, float]], title: str, across: str, up: str) -> Any:
+    """A matplotlib figure of pairs of shares, each with its name beside it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4.5), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    for i, (name, point) in enumerate(points.items()):
+        axis.scatter(*point, color=f"C{i % 10}", s=28, label=name)
+    axis.set(xlabel=across, ylabel=up, title=title, ylim=(-0.02, 1.02))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure

@@ -333,6 +333,7 @@ for _name, _summary in (
     ("train-classifier", "train the classifier on clean images"),
     ("project", "project test images and measure the generator"),
     ("harden", "train the classifier adversarially"),
+    ("certify", "prove what can be proved, and attack the proofs"),
     ("report", "write tables and pictures"),
     ("export", "write the deployable filter and classifiers"),
 ):

@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import string
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
 
 from gan.inversion import EncoderConfig
 from gan.training import GanConfig
+from manifold_defense.certification import SmoothingConfig
 from manifold_defense.classifiers import ArchitectureConfig
 from manifold_defense.evaluation import AttackConfig
 from manifold_defense.evaluation.suite import ViewName
+from manifold_defense.hardening import OBJECTIVES, Objective, Pgd
 from manifold_defense.hardening.training import TrainingConfig
 from manifold_defense.projection import ProjectionConfig
-from manifold_defense.types import Ball, Threat
+from manifold_defense.types import Threat
 from pipelines.data import DataConfig
 
 _STRICT = ConfigDict(extra="forbid")
@@ -72,39 +77,114 @@ class ProjectStageConfig:
             raise ValueError(f"images: expected at least 0 (all), got {self.images}")
 
 
+def _objective_name(value: Any) -> str:
+    """Which objective a table describes; the default one if it does not say."""
+    return str(value.get("name", Pgd.name) if isinstance(value, dict) else getattr(value, "name", ""))
+
+
+if TYPE_CHECKING:
+    ObjectiveConfig = Objective
+else:
+    ObjectiveConfig = Annotated[
+        reduce(or_, (Annotated[kind, Tag(kind.name)] for kind in OBJECTIVES)),
+        Discriminator(
+            _objective_name,
+            custom_error_type="objective",
+            custom_error_message="name: expected one of " + ", ".join(kind.name for kind in OBJECTIVES),
+        ),
+    ]
+
+Preprocessing = Literal["binarise", "bit_depth", "jpeg", "blur", "noise"]
+Baseline = Literal[Preprocessing, "nearest", "encoder"]
+
+
 @dataclass(frozen=True)
 class HardenConfig:
-    """How the hardened classifier is trained, starting from the clean one.
+    """One variant of the classifier: how it is trained, starting from the clean one.
 
-    objective    pgd: adversarial training in pixels; latent: on the manifold; clean: the control
-    norm, eps    the ball of pgd; eps of latent is in units of the prior's standard deviation
-    steps        gradient steps of the inner attack
-    clean_share  weight of the clean loss beside the adversarial one
-    ramp         share of the training over which the radius of pgd grows to eps
+    name       of its folder and of its rows
+    objective  what is made small, by `name` and with its own settings; see `manifold_defense.hardening`
+    start      an earlier variant to start from, in place of the clean classifier
+    teacher    an earlier variant that distillation asks
+    behind     filter: it is trained behind the filter, attacks going through the exact view; reconstructions:
+               on G(z*) of the training images, made once; or behind a preprocessing. There it stays
     """
 
     __pydantic_config__: ClassVar = _STRICT
 
-    objective: Literal["pgd", "latent", "clean"] = "pgd"
-    norm: Ball = "linf"
-    eps: float = 0.15
-    steps: int = 5
-    clean_share: float = 0.0
-    ramp: float = 0.3
+    name: str = "hardened"
+    objective: ObjectiveConfig = field(default_factory=Pgd)
+    start: str = ""
+    teacher: str = ""
+    behind: Literal["", "filter", "reconstructions", Preprocessing] = ""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(images=60_000))
 
     def __post_init__(self) -> None:
-        if not 0 < self.eps < float("inf"):
-            raise ValueError(f"eps: expected above 0 and finite, got {self.eps}")
-        if self.steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {self.steps}")
-        for name in ("clean_share", "ramp"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected in [0, 1], got {getattr(self, name)}")
+        if not self.name or set(self.name) - _NAME_LETTERS or self.name[0] in ".-":
+            raise ValueError(f"name: expected letters, digits, dots, dashes, got {self.name!r}")
+        if self.name in _TAKEN:
+            raise ValueError(f"name: {self.name} is another row of the tables; choose a different one")
+        if self.teacher and not self.objective.takes_teacher:
+            raise ValueError(f"teacher: objective {self.objective.name} asks none")
+        if self.objective.name == "interval_bounds" and self.behind not in ("", *_MONOTONE):
+            raise ValueError(f"behind: interval bounds follow none but {', '.join(_MONOTONE)}")
+
+    @property
+    def needs_filter(self) -> bool:
+        return self.objective.needs_manifold or self.behind in ("filter", "reconstructions")
+
+
+@dataclass(frozen=True)
+class CertifyConfig:
+    """What is proved of every classifier of the run, on `images` test images (0: all).
+
+    methods            lipschitz and smoothing: L2; intervals: L∞; distance: L2, of a classifier of its own
+    radii_l2, _linf    where certified accuracy is tabulated, and PGD tried against the proofs
+    smoothing          noise, draws and level of randomized smoothing, of classifiers bare and filtered
+    bank               training images that the distance classifier keeps, the first of a stratified shuffle
+    patches            affine patches that it makes of them for each class (0: the images themselves)
+    directions         dimensions of a patch
+    """
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    images: int = 50
+    methods: tuple[Literal["lipschitz", "intervals", "smoothing", "distance"], ...] = (
+        "lipschitz",
+        "intervals",
+        "smoothing",
+        "distance",
+    )
+    radii_l2: tuple[float, ...] = (0.25, 0.5, 1.0)
+    radii_linf: tuple[float, ...] = (0.02, 0.05, 0.15)
+    smoothing: SmoothingConfig = field(default_factory=lambda: SmoothingConfig(draws=200, batch_size=200))
+    bank: int = 2_000
+    patches: int = 0
+    directions: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("images", "patches", "directions"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if self.bank < 1:
+            raise ValueError(f"bank: expected at least 1, got {self.bank}")
+        for name in ("radii_l2", "radii_linf"):
+            radii = getattr(self, name)
+            if not radii or not all(0 < radius < float("inf") for radius in radii):
+                raise ValueError(f"{name}: expected at least one radius, all above 0, got {radii}")
+
+
+_MONOTONE = ("binarise", "bit_depth", "blur")
+_NAME_LETTERS = frozenset(string.ascii_letters + string.digits + "._-")
+_TAKEN = ("undefended", "classifier", "distance", "filter", "own", *get_args(Baseline))
+
+
+def _one_or_more(value: Any) -> Any:
+    """A single table stands for an array of one."""
+    return [value] if isinstance(value, dict) else value
 
 
 _PGD_VIEWS: tuple[ViewName, ...] = ("unaware", "start", "identity", "soft", "tangent", "exact")
-Baseline = Literal["binarise", "bit_depth", "jpeg", "blur", "noise", "nearest", "encoder"]
 
 
 @dataclass(frozen=True)
@@ -188,14 +268,26 @@ class Config:
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
     project: ProjectStageConfig = field(default_factory=ProjectStageConfig)
-    harden: HardenConfig = field(default_factory=HardenConfig)
+    harden: Annotated[tuple[HardenConfig, ...], BeforeValidator(_one_or_more)] = (HardenConfig(),)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    certify: CertifyConfig = field(default_factory=CertifyConfig)
 
     def __post_init__(self) -> None:
         if not self.run or Path(self.run).name != self.run or self.run.startswith("."):
             raise ValueError(f"run: expected a plain folder name, got {self.run!r}")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed: expected in [0, 2³¹), got {self.seed}")
+        before: list[str] = []
+        for variant in self.harden:
+            if variant.name in before:
+                raise ValueError(f"harden: two variants are called {variant.name}")
+            for key in ("start", "teacher"):
+                if getattr(variant, key) not in ("", *before):
+                    raise ValueError(
+                        f"harden.{variant.name}.{key}: expected a variant before it, "
+                        f"got {getattr(variant, key)!r}"
+                    )
+            before.append(variant.name)
 
 
 def load_config(file: Path | None = None, settings: Iterable[str] = (), run: str | None = None) -> Config:
@@ -226,10 +318,23 @@ def _apply(values: dict[str, Any], setting: str) -> None:
     if not equals or not key.strip():
         raise ConfigError(f"--set {setting}: expected KEY=VALUE, such as gan.images=200_000")
     *tables, last = key.strip().split(".")
-    for table in tables:
-        values = values.setdefault(table, {})
-        if not isinstance(values, dict):
+    while tables:
+        table = tables.pop(0)
+        inner = values.setdefault(table, {})
+        if isinstance(inner, list) and all(isinstance(entry, dict) for entry in inner):
+            # One table of an array goes by its name, or by its number; an only one need not be named.
+            chosen = [e for i, e in enumerate(inner) if tables and tables[0] in (e.get("name"), str(i))]
+            if chosen:
+                tables.pop(0)
+            elif len(inner) == 1:
+                chosen = inner
+            else:
+                names = ", ".join(str(entry.get("name", i)) for i, entry in enumerate(inner))
+                raise ConfigError(f"--set {setting}: {table} has several tables; expected one of {names}")
+            inner = chosen[0]
+        if not isinstance(inner, dict):
             raise ConfigError(f"--set {setting}: {table} is not a table")
+        values = inner
     try:
         values[last] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -245,9 +350,15 @@ def _validate(values: dict[str, Any], source: str) -> Config:
 
 
 def _explain(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+    # Neither the number of a table nor which of several kinds it was read as is part of a key.
+    kinds = [kind.name for kind in OBJECTIVES]
+    loc = problem["loc"]
+    key = ".".join(
+        str(part) for i, part in enumerate(loc) if not (loc[i - 1] == "objective" and i and part in kinds)
+    )
     if problem["type"] == "unexpected_keyword_argument":
-        close = difflib.get_close_matches(key, known_keys(), n=1)
+        plain = ".".join(part for part in key.split(".") if not part.isdigit())
+        close = difflib.get_close_matches(plain, known_keys(), n=1)
         return f"unknown key {key}" + (f"; did you mean {close[0]}?" if close else "")
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key}: {message}" if key else message
@@ -261,6 +372,8 @@ def known_keys(kind: Any = Config, prefix: str = "") -> list[str]:
         name = f"{prefix}{item.name}"
         keys.append(name)
         value = getattr(instance, item.name)
+        if isinstance(value, tuple) and value:
+            value = value[0]
         if dataclasses.is_dataclass(value):
             keys += known_keys(value, f"{name}.")
     return keys

@@ -28,7 +28,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from gan.sampling import batch_indices, step_rng
 from pipelines.config import Config, ConfigError, FabricConfig
-from pipelines.data import Dataset, augment, load_data, one_line, subset, to_float
+from pipelines.data import Dataset, ImageData, augment, load_data, one_line, subset, to_float
 from pipelines.stage import StageError
 
 STATE = "state.ckpt"
@@ -79,12 +79,16 @@ class Workshop:
 
 @dataclass
 class Context:
-    """One stage at work in `folder`; `inputs` are the finished folders of the stages before it."""
+    """One stage at work in `folder`; `inputs` are the finished folders of the stages before it.
+
+    `previous` is where the stage left what it made under other settings, parts of which may still hold.
+    """
 
     shop: Workshop
     stage: str
     folder: Path
     inputs: Mapping[str, Path]
+    previous: Path | None = None
 
     @property
     def config(self) -> Config:
@@ -117,9 +121,15 @@ class Context:
         if self.main:
             self.shop.console.print(line, highlight=False)
 
-    def batches(self, batch_size: int, *, shift: bool) -> Callable[[int], tuple[Tensor, Tensor]]:
-        """Augmented training images (N, C, H, W) and labels (N,) of a step, on this process's device."""
-        data, seed, fabric = self.data.train, self.config.seed, self.fabric
+    def batches(
+        self, batch_size: int, *, shift: bool, data: ImageData | None = None
+    ) -> Callable[[int], tuple[Tensor, Tensor]]:
+        """Augmented images (N, C, H, W) and labels (N,) of a step, on this process's device.
+
+        Of the whole training set, if `data` does not say otherwise.
+        """
+        seed, fabric = self.config.seed, self.fabric
+        data = self.data.train if data is None else data
 
         def batch(step: int) -> tuple[Tensor, Tensor]:
             index = batch_indices(

@@ -167,15 +167,30 @@ def subset(data: ImageData, count: int) -> ImageData:
     """
     if count == 0:
         return data
-    shuffled = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))
-    labels = data.labels[shuffled]
+    chosen = _stratified(data.labels)[:count]
+    return ImageData(data.images[chosen], data.labels[chosen])
+
+
+def _stratified(own: Tensor) -> Tensor:
+    """The order of `subset` for images of the labels `own` (N,)."""
+    shuffled = torch.randperm(len(own), generator=torch.Generator().manual_seed(0))
+    labels = own[shuffled]
     place = torch.empty(len(labels), dtype=torch.float64)
     for label in sorted(set(labels.tolist())):
         members = labels == label
         size = int(members.sum())
         place[members] = torch.arange(size, dtype=torch.float64) / size
-    chosen = shuffled[place.argsort(stable=True)[:count]]
-    return ImageData(data.images[chosen], data.labels[chosen])
+    return shuffled[place.argsort(stable=True)]
+
+
+def split(data: ImageData, count: int) -> tuple[ImageData, ImageData]:
+    """The first `count` images of the shuffle of `subset`, and all others in their own order."""
+    chosen = _stratified(data.labels)[:count]
+    rest = torch.ones(len(data.labels), dtype=torch.bool)
+    rest[chosen] = False
+    return ImageData(data.images[chosen], data.labels[chosen]), ImageData(
+        data.images[rest], data.labels[rest]
+    )
 
 
 def _digest(lines: Sequence[str]) -> str:

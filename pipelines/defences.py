@@ -27,23 +27,60 @@ from manifold_defense.projection import PRESETS, make_bank
 from manifold_defense.randomised import RandomisedFilter
 from manifold_defense.rejection import RejectingClassifier, threshold_at
 from manifold_defense.types import Threat
+from pipelines.config import Config, HardenConfig
 from pipelines.context import Context
 from pipelines.data import subset, to_float
 from pipelines.own import load_own, load_own_filter
 
-# Whose worst of all attacks is set beside whose.
-PAIRS = (("undefended", "filter"), ("hardened", "hardened+filter"), ("own", "own+filter"))
 _CALIBRATION = 500  # images on which a threshold is set
 _DRAWS = 10  # of a randomised baseline, for each verdict and each averaged gradient
 
 
+def load_run_filter(context: Context) -> ManifoldFilter:
+    """The filter of this run, on this process's device."""
+    generator, encoder = load_gan(context.inputs["train-encoder"])
+    return ManifoldFilter(generator, encoder, context.config.projection).to(context.fabric.device)
+
+
 def load_parts(context: Context) -> tuple[ManifoldFilter, ImageClassifier]:
     """The filter of this run and the classifier, on this process's device."""
-    generator, encoder = load_gan(context.inputs["train-encoder"])
-    filter = ManifoldFilter(generator, encoder, context.config.projection)
     classifier = load_classifier(context.inputs["train-classifier"])
-    device = context.fabric.device
-    return filter.to(device), classifier.requires_grad_(False).to(device)
+    return load_run_filter(context), classifier.requires_grad_(False).to(context.fabric.device)
+
+
+PREPROCESSING: dict[str, Callable[[], Preprocess]] = {
+    "binarise": Binarise,
+    "bit_depth": BitDepth,
+    "jpeg": Jpeg,
+    "blur": Blur,
+    "noise": RandomNoise,
+}
+
+
+def behind(place: str, classifier: nn.Module, filter: ManifoldFilter | None) -> nn.Module:
+    """The classifier where a variant is deployed: bare, behind the filter, or behind a preprocessing."""
+    if not place:
+        return classifier
+    if place in PREPROCESSING:
+        return Preprocessed(PREPROCESSING[place](), classifier)
+    assert filter is not None
+    return DefendedClassifier(filter, classifier)
+
+
+def compared(config: Config) -> list[tuple[str, str]]:
+    """Whose worst of all attacks is set beside whose: without the filter first.
+
+    A variant that was trained behind the filter has the first that was not to beat.
+    """
+    if config.evaluate.classifier:
+        return [("own", "own+filter")] if config.evaluate.filter else []
+    static = next((v.name for v in config.harden if not v.behind), "undefended")
+    pairs = [("undefended", "filter")]
+    for variant in config.harden:
+        if variant.behind in PREPROCESSING:
+            continue
+        pairs.append((static if variant.behind else variant.name, f"{variant.name}+filter"))
+    return pairs
 
 
 def make_defences(context: Context) -> list[Defence]:
@@ -57,23 +94,42 @@ def make_defences(context: Context) -> list[Defence]:
     if own:
         return _own_defences(own, context.config.evaluate.filter, context)
     filter, classifier = load_parts(context)
-    hardened = load_classifier(context.inputs["harden"]).requires_grad_(False).to(device)
-    harden = context.config.harden
-    trained = (Threat(harden.norm, harden.eps),) if harden.objective == "pgd" else ()
-    return [
+    defences = [
         Defence.bare("undefended", classifier),
         *_baselines(context, classifier, filter),
         *_filtered("filter", context, classifier, filter),
-        Defence.bare("hardened", hardened, trained),
-        Defence.filtered("hardened+filter", DefendedClassifier(filter, hardened), trained),
     ]
+    for variant in context.config.harden:
+        hardened = load_classifier(context.inputs["harden"] / variant.name).requires_grad_(False).to(device)
+        defences += _hardened(variant, hardened, filter)
+    return defences
+
+
+def _hardened(variant: HardenConfig, classifier: nn.Module, filter: ManifoldFilter) -> list[Defence]:
+    """The rows of a variant: behind its preprocessing, or bare and behind the filter."""
+    threat = variant.objective.threat
+    trained = () if threat is None else (threat,)
+    if variant.behind in PREPROCESSING:
+        return [_preprocessed(variant.name, PREPROCESSING[variant.behind](), classifier, trained)]
+    return [
+        # What was trained behind the filter was not trained for the ball without it.
+        Defence.bare(variant.name, classifier, () if variant.behind else trained),
+        Defence.filtered(f"{variant.name}+filter", DefendedClassifier(filter, classifier), trained),
+    ]
+
+
+def _preprocessed(
+    name: str, preprocess: Preprocess, classifier: nn.Module, trained: tuple[Threat, ...] = ()
+) -> Defence:
+    defence = Defence.preprocessed(name, Preprocessed(preprocess, classifier), trained)
+    return _averaged(defence) if isinstance(preprocess, RandomNoise) else defence
 
 
 def _own_defences(source: str, folder: str, context: Context) -> list[Defence]:
     device = context.fabric.device
     classifier = load_own(source, context.data.image_shape, device)
     filter = load_own_filter(folder, context.data.image_shape, device) if folder else None
-    defences = [Defence.bare("own", classifier), *_baselines(context, classifier, filter)]
+    defences = [Defence.of("own", classifier), *_baselines(context, classifier, filter)]
     if filter is not None:
         defences += _filtered("own+filter", context, classifier, filter)
     return defences
@@ -84,28 +140,17 @@ def _baselines(context: Context, classifier: nn.Module, filter: ManifoldFilter |
 
     Without a filter those that are parts of it are left out.
     """
-    device = context.fabric.device
-    made: dict[str, Callable[[], Preprocess]] = {
-        "binarise": Binarise,
-        "bit_depth": BitDepth,
-        "jpeg": Jpeg,
-        "blur": Blur,
-        "noise": RandomNoise,
-    }
     defences = []
     for name in context.config.evaluate.baselines:
-        if name in made:
-            preprocess = made[name]()
+        if name in PREPROCESSING:
+            defences.append(_preprocessed(name, PREPROCESSING[name](), classifier))
         elif filter is None:
             continue
         elif name == "nearest":
-            preprocess = NearestBank(_bank_images(filter))
+            defences.append(_preprocessed(name, NearestBank(_bank_images(filter)), classifier))
         else:  # the encoder alone
             defended = DefendedClassifier(filter.configured(PRESETS["single_shot"]), classifier)
             defences.append(Defence.filtered(name, defended))
-            continue
-        defence = Defence.preprocessed(name, Preprocessed(preprocess, classifier).to(device))
-        defences.append(_averaged(defence) if isinstance(preprocess, RandomNoise) else defence)
     return defences
 
 

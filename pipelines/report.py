@@ -95,6 +95,20 @@ def _verdict(before: Mapping[str, Any], after: Mapping[str, Any], found: Mapping
     return f"the filter {'helps' if gained > lost else 'harms'}: {figures}"
 
 
+def trade_offs(rows: Rows) -> dict[str, dict[str, tuple[float, float]]]:
+    """By threat: each defence's accuracy on clean images, and after the worst of all attacks."""
+    clean = {r["defence"]: r["robust_accuracy"] for r in rows if r["attack"] == "clean"}
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    for r in rows:
+        if r["attack"] == "worst":
+            label = f"{r['defence']}{MASKED if r['masked'] else ''}"
+            found.setdefault(_threat(r["norm"], r["eps"]), {})[label] = (
+                clean[r["defence"]],
+                r["robust_accuracy"],
+            )
+    return found
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
@@ -184,6 +198,29 @@ def markdown_transfers(transfers: Rows) -> str:
             f"**{_threat(norm, eps)}**\n\n" + markdown_table(("broken ↓ fools →", *names), lines) + "\n"
         )
     return "".join(parts)
+
+
+def markdown_certificates(lines: Rows) -> str:
+    """Certified accuracy and what PGD leaves, a table a norm: proofs down, radii across."""
+    parts = []
+    for norm in dict.fromkeys(line["norm"] for line in lines):
+        own = [line for line in lines if line["norm"] == norm]
+        radii = list(own[0]["certified"])
+        table = [
+            [
+                f"{line['defence']}, {line['method']}{' **!**' if line['contradicted'] else ''}",
+                percent(line["clean"]),
+                *(f"{percent(line['certified'][r])}{_tried(line, r)}" for r in radii),
+            ]
+            for line in own
+        ]
+        header = ("defence, proof", "clean", *(f"{_NORMS[norm]} {float(r):g}" for r in radii))
+        parts.append(markdown_table(header, table) + "\n")
+    return "".join(parts)
+
+
+def _tried(line: Mapping[str, Any], radius: str) -> str:
+    return f" (PGD {percent(line['pgd'][radius])})" if radius in line["pgd"] else ""
 
 
 def markdown_detection(detection: Rows) -> str:

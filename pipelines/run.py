@@ -88,22 +88,31 @@ def run_stages(
     shop = Workshop(config, fabric, console)
     with _lock(RUNS / config.run, fabric.is_global_zero):
         for name in names:
-            folder, plan, _ = before[name]
+            folder, plan, status = before[name]
             if name in todo:
-                _run_stage(shop, name, folder, plan, force=force, remake=remake)
+                # What is finished and current is made anew, parts of what is stale may still hold.
+                previous = None if status == "cached" else folder.done
+                _run_stage(shop, name, folder, plan, previous, force=force, remake=remake)
             else:
                 console.print(f"{name}: cached", highlight=False)
 
 
 def _run_stage(
-    shop: Workshop, name: str, folder: StageFolder, plan: Plan, *, force: bool, remake: bool
+    shop: Workshop,
+    name: str,
+    folder: StageFolder,
+    plan: Plan,
+    previous: Path | None,
+    *,
+    force: bool,
+    remake: bool,
 ) -> None:
     fabric, console = shop.fabric, shop.console
     if fabric.is_global_zero and not folder.open(plan, force=force, remake=remake):
         console.print(f"{name}: {STAGES[name].summary} …", highlight=False)
     fabric.barrier()
     inputs = {needed: folder.run / needed for needed in plan.inputs}
-    context = Context(shop, name, folder.part, inputs)
+    context = Context(shop, name, folder.part, inputs, previous)
     started = time.perf_counter()
     try:
         metrics = STAGES[name].run(context)

@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,7 +41,7 @@ class Stage:
     name: str
     version: int
     summary: str
-    sections: tuple[str, ...]
+    sections: tuple[str, ...] | Callable[[Config], tuple[str, ...]]
     inputs: Callable[[Config], tuple[str, ...]]
     run: Callable[[Context], dict[str, Any]]
 
@@ -80,24 +80,32 @@ def make_plans(stages: Mapping[str, Stage], config: Config) -> dict[str, Plan]:
     digest = data_digest(config.data)
     plans: dict[str, Plan] = {}
     for stage in stages.values():
-        values: dict[str, Any] = {}
-        for section in stage.sections:
-            values |= _flatten(section, getattr(config, section))
-            if section == "data":
-                # Where the data lies is no part of what they are.
-                values.pop("data.root", None)
-                values["data.digest"] = digest
         inputs = {name: plans[name].fingerprint for name in stage.inputs(config)}
-        plans[stage.name] = Plan(stage.name, stage.version, values, inputs)
+        sections = stage.sections(config) if callable(stage.sections) else stage.sections
+        plans[stage.name] = Plan(stage.name, stage.version, settings_of(config, sections, digest), inputs)
     return plans
 
 
+def settings_of(config: Config, sections: Sequence[str], digest: str) -> dict[str, Any]:
+    """Dotted key -> value of `sections`; `digest` stands for what the data are."""
+    values: dict[str, Any] = {}
+    for section in sections:
+        values |= _flatten(section, getattr(config, section))
+        if section == "data":
+            # Where the data lies is no part of what they are.
+            values.pop("data.root", None)
+            values["data.digest"] = digest
+    return values
+
+
 def _flatten(prefix: str, value: Any) -> dict[str, Any]:
-    if not dataclasses.is_dataclass(value):
-        if isinstance(value, tuple):
-            value = [dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for v in value]  # type: ignore[arg-type]
-        return {prefix: value}
     flat: dict[str, Any] = {}
+    if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+        for i, entry in enumerate(value):
+            flat |= _flatten(f"{prefix}.{i}", entry)
+        return flat
+    if not dataclasses.is_dataclass(value):
+        return {prefix: value}
     for item in dataclasses.fields(value):
         flat |= _flatten(f"{prefix}.{item.name}", getattr(value, item.name))
     return flat

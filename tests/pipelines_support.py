@@ -16,8 +16,11 @@ SMALL = (
     "classifier.architecture.width=8",
     "classifier.training.images=3_200",
     "harden.training.images=1_280",
-    "harden.steps=2",
+    "harden.objective.steps=2",
     "projection.steps=3",
+    "certify.images=6",
+    "certify.smoothing.draws=20",
+    "certify.smoothing.selection=10",
     "evaluate.images=20",
     "evaluate.batch_size=7",
     "evaluate.checks=4",
@@ -28,8 +31,10 @@ SMALL = (
 )
 
 
-def settings(*more):
-    return [part for setting in (*SMALL, *more) for part in ("--set", setting)]
+def settings(*more, without=None):
+    """Options of the small settings and of `more`; those of one table are left out for a file to give."""
+    kept = [s for s in SMALL if without is None or not s.startswith(without)]
+    return [part for setting in (*kept, *more) for part in ("--set", setting)]
 
 
 def invoke(*arguments):

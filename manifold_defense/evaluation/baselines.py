@@ -30,10 +30,12 @@ class Preprocess(nn.Module, ABC):
     """A baseline: `deployed` is what it does, `stand_in` what its gradient is taken of in a view.
 
     `exact` differentiates the deployed computation, `identity` the identity. The first of `_views`
-    is the default.
+    is the default. Of one that is `monotone` no pixel falls where none did before, so that a box of images
+    is mapped into the box between what becomes of its corners.
     """
 
     _views: ClassVar[tuple[str, ...]]
+    monotone: ClassVar[bool] = False
 
     def __init__(self, view: str | None = None) -> None:
         super().__init__()
@@ -77,6 +79,7 @@ class Binarise(Preprocess):
     """
 
     _views = ("identity", "soft", "sharp")
+    monotone = True
 
     def __init__(self, threshold: float = 0.5, view: str | None = None) -> None:
         super().__init__(view)
@@ -96,6 +99,7 @@ class BitDepth(Preprocess):
     """
 
     _views = ("identity", "soft", "sharp")
+    monotone = True
 
     def __init__(self, bits: int = 3, view: str | None = None) -> None:
         super().__init__(view)
@@ -148,6 +152,7 @@ class Blur(Preprocess):
     """A Gaussian of `sigma` pixels: linear, so that nothing need stand in for it."""
 
     _views = ("exact", "identity")
+    monotone = True
 
     def __init__(self, sigma: float = 1.0, view: str | None = None) -> None:
         super().__init__(view)

@@ -225,6 +225,15 @@ class Defence:
     predict: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
+    def of(cls, name: str, model: Classifier, trained: tuple[Threat, ...] = ()) -> Defence:
+        """A model in every view that its kind has."""
+        if isinstance(model, Preprocessed):
+            return cls.preprocessed(name, model, trained)
+        if isinstance(model, (DefendedClassifier, RejectingClassifier)):
+            return cls.filtered(name, model, trained)
+        return cls.bare(name, model, trained)
+
+    @classmethod
     def bare(cls, name: str, classifier: Classifier, trained: tuple[Threat, ...] = ()) -> Defence:
         """A classifier without a filter: its own gradient is the exact one."""
         return cls(name, classifier, {"exact": classifier}, trained)

@@ -16,10 +16,16 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from manifold_defense.hardening.objectives import Objective
+from manifold_defense.filter import ManifoldFilter
+from manifold_defense.hardening.objective import Objective, Step
+from manifold_defense.types import Classifier
 
 # Images (N, C, H, W) and labels (N,) of a step, on the model's device.
 LabelledBatches = Callable[[int], tuple[Tensor, Tensor]]
+# Accuracy of a model on images that it is not trained on, clean and under the attack that it is hardened for.
+Validation = Callable[[nn.Module], tuple[float, float]]
+# How often a training is validated; at the start its weights are worth nothing yet.
+_VALIDATIONS = 20
 
 
 @dataclass(frozen=True)
@@ -52,12 +58,18 @@ class Record(NamedTuple):
 
 
 def classifier_state(fabric: Fabric, model: nn.Module, config: TrainingConfig) -> dict[str, Any]:
-    """What `fabric.save` and `fabric.load` carry; training starts from the weights of `model`."""
+    """What `fabric.save` and `fabric.load` carry; training starts from the weights of `model`.
+
+    `average` is the exponential mean of the weights, `best` that of the best validation, `validations` all
+    of them: images seen, clean accuracy, robust accuracy.
+    """
     model = fabric.to_device(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     return {
         "model": model,
         "average": copy.deepcopy(model).eval().requires_grad_(False),
+        "best": copy.deepcopy(model).eval().requires_grad_(False),
+        "validations": [],
         "optimizer": fabric.setup_optimizers(optimizer),
         "step": 0,
         "images": 0,
@@ -71,12 +83,20 @@ def train_classifier(
     config: TrainingConfig,
     objective: Objective,
     seed: int,
+    *,
+    through: Callable[[nn.Module], Classifier] = lambda model: model,
+    validate: Validation | None = None,
+    manifold: ManifoldFilter | None = None,
+    teacher: Classifier | None = None,
 ) -> Iterator[Record]:
     """Train `state["model"]` in place until `config.images` have been seen, yielding after every step.
 
-    `state["average"]` is the exponential mean of the weights, and what one should use afterwards.
+    `state["best"]` is what one should use afterwards: of the averages that `validate` has seen the one of
+    the highest robust accuracy, the latest of equals; without `validate` the last. `through(model)` is
+    what the objective meets: the model behind a filter, say. `manifold` and `teacher` are for it to use.
     """
     model, average, optimizer = state["model"], state["average"], state["optimizer"]
+    trained = through(model)
     model.train()
     while state["images"] < config.images:
         progress = state["images"] / config.images
@@ -84,7 +104,7 @@ def train_classifier(
         # The attack of a step differs between steps and processes, and is the same when resumed.
         attack_seed = (seed * 1_000_003 + state["step"]) * 1_009 + fabric.global_rank
         with fabric.autocast():
-            losses = objective(model, x, y, progress=progress, seed=attack_seed)
+            losses = objective(trained, x, y, Step(progress, attack_seed, manifold, teacher))
         assert losses.shape == y.shape
         optimizer.zero_grad(set_to_none=True)
         fabric.backward(losses.mean())
@@ -99,7 +119,23 @@ def train_classifier(
         state["step"] += 1
         state["images"] += batch
         _update_average(average, model, batch, min(config.average_half_life, 0.1 * state["images"]))
-        yield Record(state["images"], {"loss": losses.detach().mean()})
+        metrics = {"loss": losses.detach().mean()}
+        if validate is not None and _due(progress, state["images"] / config.images):
+            clean, robust = fabric.broadcast(validate(average))
+            if robust >= max((score for _, _, score in state["validations"]), default=0.0):
+                state["best"].load_state_dict(average.state_dict())
+            state["validations"].append((state["images"], clean, robust))
+        if state["validations"]:
+            _, clean, robust = state["validations"][-1]
+            metrics |= {"validation/clean": torch.tensor(clean), "validation/robust": torch.tensor(robust)}
+        elif state["images"] >= config.images:
+            state["best"].load_state_dict(average.state_dict())
+        yield Record(state["images"], metrics)
+
+
+def _due(before: float, now: float) -> bool:
+    """Whether a validation falls between two points of the training; the last one always does."""
+    return int(before * _VALIDATIONS) != int(now * _VALIDATIONS) or now >= 1
 
 
 @torch.no_grad()

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from pipelines.config import Config
 from pipelines.stage import Stage
-from pipelines.stages import classifiers, evaluate, export, project, report, train_encoder, train_gan
+from pipelines.stages import certify, classifiers, evaluate, export, project, report, train_encoder, train_gan
 
 
 def _harden_inputs(config: Config) -> tuple[str, ...]:
-    """Only on-manifold training needs the manifold."""
-    return ("train-classifier", *(("train-encoder",) if config.harden.objective == "latent" else ()))
+    """Only training on the manifold, or behind the filter, needs it."""
+    needed = any(variant.needs_filter for variant in config.harden)
+    return ("train-classifier", *(("train-encoder",) if needed else ()))
+
+
+def _harden_sections(config: Config) -> tuple[str, ...]:
+    behind = any(variant.behind in ("filter", "reconstructions") for variant in config.harden)
+    return ("seed", "data", "harden", *(("projection",) if behind else ()))
 
 
 _ALL = (
@@ -31,7 +37,7 @@ _ALL = (
     ),
     Stage(
         "train-classifier",
-        1,
+        2,
         "classifier on clean images",
         ("seed", "data", "classifier"),
         lambda config: (),
@@ -47,24 +53,34 @@ _ALL = (
     ),
     Stage(
         "harden",
-        1,
+        2,
         "adversarial training of the classifier",
-        ("seed", "data", "harden"),
+        _harden_sections,
         _harden_inputs,
         classifiers.harden,
     ),
     Stage(
         "evaluate",
-        4,
+        5,
         "every attack on every defence, worst per image",
         ("seed", "data", "projection", "harden", "evaluate"),
         lambda config: () if config.evaluate.classifier else ("train-encoder", "train-classifier", "harden"),
         evaluate.run,
     ),
-    Stage("report", 1, "tables and pictures", (), lambda config: ("project", "evaluate"), report.run),
+    Stage(
+        "certify",
+        1,
+        "proofs, and attacks on them",
+        ("seed", "data", "projection", "harden", "certify"),
+        lambda config: ("train-encoder", "train-classifier", "harden"),
+        certify.run,
+    ),
+    Stage(
+        "report", 2, "tables and pictures", (), lambda config: ("project", "evaluate", "certify"), report.run
+    ),
     Stage(
         "export",
-        1,
+        2,
         "deployable filter and classifiers",
         ("projection",),
         lambda config: ("train-encoder", "train-classifier", "harden"),

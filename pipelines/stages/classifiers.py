@@ -1,21 +1,38 @@
-"""Stages `train-classifier` and `harden`: one loop, two objectives."""
+"""Stages `train-classifier` and `harden`: one loop, whatever the objective."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gan.optimisation import seeded
-from manifold_defense.artifact import load_classifier, load_gan, save_classifier
+from manifold_defense.artifact import load_classifier, save_classifier
 from manifold_defense.attacks import pgd
 from manifold_defense.classifiers import ImageClassifier
-from manifold_defense.hardening import Clean, Latent, Objective, Pgd
+from manifold_defense.filter import ManifoldFilter
+from manifold_defense.hardening import Clean, Objective
 from manifold_defense.hardening.training import TrainingConfig, classifier_state, train_classifier
+from manifold_defense.types import Ball, Classifier, Threat
 from pipelines.config import HardenConfig
-from pipelines.context import Context
-from pipelines.data import to_float
+from pipelines.context import STATE, Context
+from pipelines.data import ImageData, data_digest, split, to_float
+from pipelines.defences import behind, load_run_filter
+from pipelines.stage import FACTS, Plan, settings_of, write_json
+
+VARIANT = "variant.json"
+# Training images that classifiers never see, on which their trainings are judged.
+_HELD_OUT_SHARE, _HELD_OUT_MOST = 0.1, 500
+_VALIDATION_STEPS = 10
+
+
+def held_out(data: ImageData) -> tuple[ImageData, ImageData]:
+    """The images that classifiers are validated on, and those that they are trained on."""
+    return split(data, min(int(_HELD_OUT_SHARE * len(data.labels)), _HELD_OUT_MOST))
 
 
 def train(context: Context) -> dict[str, Any]:
@@ -42,50 +59,173 @@ def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def harden(context: Context) -> dict[str, Any]:
-    """The same classifier, trained on against an attack."""
-    config = context.config.harden
-    model = load_classifier(context.inputs["train-classifier"])
-    metrics = _train(context, model, config.training, _objective(context, config))
-    hardened = load_classifier(context.folder).to(context.fabric.device)
+    """Every variant of the classifier, in its own subfolder.
+
+    One that an earlier run made under the same settings is taken over as it is, whatever became of the
+    others.
+    """
+    found = {}
+    for variant in context.config.harden:
+        own = replace(context, stage=f"harden {variant.name}", folder=context.folder / variant.name)
+        facts = _taken_over(own, variant)
+        if facts is None:
+            if context.main:
+                own.folder.mkdir(exist_ok=True)
+            context.fabric.barrier()
+            if len(context.config.harden) > 1:
+                context.say(f"{own.stage} …")
+            try:
+                metrics = _harden(own, context, variant)
+            finally:
+                own.close()
+            facts = {"fingerprint": _fingerprint(context, variant), "metrics": metrics}
+            if context.main:
+                write_json(own.folder / VARIANT, facts)
+                (own.folder / STATE).unlink(missing_ok=True)
+            context.fabric.barrier()
+        found[variant.name] = facts["metrics"]
+    return {"variants": found}
+
+
+def _taken_over(own: Context, variant: HardenConfig) -> dict[str, Any] | None:
+    """What a finished variant says of itself, copied here if it was finished by an earlier run."""
+    fingerprint = _fingerprint(own, variant)
+    for folder in (own.folder, own.previous and own.previous / variant.name):
+        try:
+            facts: dict[str, Any] = json.loads((folder / VARIANT).read_text()) if folder else {}
+        except (OSError, ValueError):
+            continue
+        if folder is None or facts.get("fingerprint") != fingerprint:
+            continue
+        if folder != own.folder and own.main:
+            partial = own.folder.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(folder, partial)
+            shutil.rmtree(own.folder, ignore_errors=True)
+            partial.replace(own.folder)
+            own.say(f"{own.stage}: cached")
+        own.fabric.barrier()
+        return facts
+    return None
+
+
+def _fingerprint(context: Context, variant: HardenConfig) -> str:
+    """Of all that a variant is made of: its settings, the variants that it builds on, its inputs."""
+    lineage, wanted = [variant], {variant.start, variant.teacher}
+    for earlier in reversed(context.config.harden[: context.config.harden.index(variant)]):
+        if earlier.name in wanted:
+            lineage.insert(0, earlier)
+            wanted |= {earlier.start, earlier.teacher}
+    config = replace(context.config, harden=tuple(lineage))
+    sections = ("seed", "data", "harden", *(("projection",) if variant.needs_filter else ()))
+    needed = ("train-classifier", *(("train-encoder",) if variant.needs_filter else ()))
+    inputs = {}
+    for name in needed:
+        facts = context.inputs[name] / FACTS
+        inputs[name] = json.loads(facts.read_text())["fingerprint"] if facts.exists() else ""
+    return Plan("harden", 1, settings_of(config, sections, data_digest(config.data)), inputs).fingerprint
+
+
+def _harden(own: Context, context: Context, variant: HardenConfig) -> dict[str, Any]:
+    """Train one variant; the finished ones before it lie beside its folder."""
+
+    def earlier(name: str) -> ImageClassifier:
+        folder = context.folder / name if name else context.inputs["train-classifier"]
+        return load_classifier(folder).to(context.fabric.device)
+
+    filter = load_run_filter(context) if variant.needs_filter else None
+    teacher = earlier(variant.teacher).requires_grad_(False) if variant.teacher else None
+    metrics = _train(
+        own, earlier(variant.start), variant.training, variant.objective, variant, filter, teacher
+    )
+
+    hardened = load_classifier(own.folder).requires_grad_(False).to(context.fabric.device)
     x, y = context.test_images(500)
-    x_adv = pgd(hardened, x, y, norm=config.norm, eps=config.eps, steps=20, seed=context.config.seed)
-    return {**metrics, "pgd20_accuracy": _accuracy(hardened, x_adv, y)}
-
-
-def _objective(context: Context, config: HardenConfig) -> Objective:
-    if config.objective == "clean":
-        return Clean()
-    if config.objective == "pgd":
-        return Pgd(config.norm, config.eps, config.steps, config.clean_share, config.ramp)
-    generator, encoder = load_gan(context.inputs["train-encoder"])
-    assert encoder is not None  # train-encoder always writes one
-    for network in (generator, encoder):
-        network.requires_grad_(False).eval().to(context.fabric.device)
-    return Latent(generator, encoder, config.eps, config.steps, config.clean_share)
+    threat = variant.objective.threat or Threat("linf", 0.15)
+    deployed = behind(variant.behind, hardened, filter)
+    return {
+        **metrics,
+        "pgd20_norm": threat.norm,
+        "pgd20_eps": threat.eps,
+        "pgd20_accuracy": _accuracy(deployed, x, y, threat, steps=20, seed=context.config.seed),
+    }
 
 
 def _train(
-    context: Context, model: ImageClassifier, config: TrainingConfig, objective: Objective
+    context: Context,
+    model: ImageClassifier,
+    config: TrainingConfig,
+    objective: Objective,
+    variant: HardenConfig | None = None,
+    filter: ManifoldFilter | None = None,
+    teacher: Classifier | None = None,
 ) -> dict[str, Any]:
+    place = variant.behind if variant else ""
     state = classifier_state(context.fabric, model, config)
     context.resume(state)
-    average = state["average"]
-    x, y = context.test_images(500)
+    judged, data = held_out(context.data.train)
+    x, y = to_float(judged.images).to(context.fabric.device), judged.labels.to(context.fabric.device)
+    if place == "reconstructions":
+        assert filter is not None
+        data = _reconstructed(context, data, filter)
 
-    def picture(images: int) -> None:
-        context.board.add_scalar("test_accuracy", _accuracy(average, x, y), images)
+    def through(model: nn.Module) -> nn.Module:
+        # On reconstructions the images are already what the filter makes of them.
+        return model if place == "reconstructions" else behind(place, model, filter)
 
-    batches = context.batches(config.batch_size, shift=True)
-    loop = train_classifier(context.fabric, state, batches, config, objective, context.config.seed)
-    context.train(loop, state, config.images, picture)
+    def validate(model: nn.Module) -> tuple[float, float]:
+        deployed = behind(place, model, filter)
+        clean = _accuracy(deployed, x, y)
+        if objective.threat is None:
+            return clean, clean
+        return clean, _accuracy(deployed, x, y, objective.threat, steps=_VALIDATION_STEPS, seed=0)
+
+    loop = train_classifier(
+        context.fabric,
+        state,
+        context.batches(config.batch_size, shift=True, data=data),
+        config,
+        objective,
+        context.config.seed,
+        through=through,
+        validate=validate,
+        manifold=filter,
+        teacher=teacher,
+    )
+    context.train(loop, state, config.images)
+    best = state["best"]
     if context.main:
-        save_classifier(average, context.folder, class_names=context.data.classes)
+        save_classifier(best, context.folder, class_names=context.data.classes)
     context.fabric.barrier()
-    x, y = context.test_images(0)
-    return {"test_accuracy": _accuracy(average, x, y), "n": len(y)}
+    x_test, y_test = context.test_images(0)
+    return {
+        "test_accuracy": _accuracy(behind(place, best, filter), x_test, y_test),
+        "n": len(y_test),
+        "validations": [list(validation) for validation in state["validations"]],
+    }
 
 
-@torch.no_grad()
-def _accuracy(model: ImageClassifier, x: Tensor, y: Tensor) -> float:
-    hits = [(model(a).argmax(1) == b).float() for a, b in zip(x.split(1000), y.split(1000), strict=True)]
+def _reconstructed(context: Context, data: ImageData, filter: ManifoldFilter) -> ImageData:
+    """G(z*) of all images, in the 256 grey levels that images are kept in."""
+    device = context.fabric.device
+
+    def reconstruct(_: int, chosen: slice) -> tuple[Tensor, ...]:
+        images = filter.project(to_float(data.images[chosen]).to(device)).image
+        return ((255 * images).round().to(torch.uint8).cpu(),)
+
+    (images,) = context.map_images(reconstruct, len(data.labels), 500)
+    return ImageData(images, data.labels)
+
+
+def _accuracy(
+    model: nn.Module, x: Tensor, y: Tensor, threat: Threat | None = None, *, steps: int = 0, seed: int = 0
+) -> float:
+    """Share of images (N, C, H, W) that are right, clean or after PGD."""
+    hits = []
+    for images, labels in zip(x.split(1000), y.split(1000), strict=True):
+        if threat is not None:
+            norm: Ball = threat.norm  # type: ignore[assignment]  # objectives train for balls
+            images = pgd(model, images, labels, norm=norm, eps=threat.eps, steps=steps, seed=seed)
+        with torch.no_grad():
+            hits.append((model(images).argmax(1) == labels).float())
     return float(torch.cat(hits).mean())

@@ -18,7 +18,7 @@ from manifold_defense.filter import DefendedClassifier
 from manifold_defense.rejection import RejectingClassifier, roc
 from pipelines.board import Strip, predictions, save_figure, strips
 from pipelines.context import Context
-from pipelines.defences import PAIRS, make_defences
+from pipelines.defences import compared, make_defences
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -54,12 +54,7 @@ def run(context: Context) -> dict[str, Any]:
         "warnings": [str(check) for check in evaluation.checks if not check.passed],
         "checks": [check.as_dict() for check in evaluation.checks],
         "rows": [r.as_dict() for r in evaluation.rows],
-        "comparisons": [
-            line
-            for pair in PAIRS
-            if set(pair) <= {defence.name for defence in defences}
-            for line in evaluation.comparisons(*pair)
-        ],
+        "comparisons": [line for pair in compared(context.config) for line in evaluation.comparisons(*pair)],
         "transfers": evaluation.transfers(),
         "detection": _detection(evaluation, x),
     }

@@ -1,4 +1,4 @@
-"""Stage `export`: folders to deploy: the filter, the classifier, the hardened classifier."""
+"""Stage `export`: folders to deploy: the filter, the classifier, its hardened variants."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def run(context: Context) -> dict[str, Any]:
     generator, encoder = load_gan(context.inputs["train-encoder"])
     filter = ManifoldFilter(generator, encoder, context.config.projection)
     save_filter(filter, context.folder / "filter")
-    for name, source in (("classifier", "train-classifier"), ("hardened", "harden")):
-        names = json.loads((context.inputs[source] / "classifier.json").read_text())["class_names"]
-        model = load_classifier(context.inputs[source])
-        save_classifier(model, context.folder / name, class_names=tuple(names))
+    hardened = {variant.name: context.inputs["harden"] / variant.name for variant in context.config.harden}
+    for name, source in {"classifier": context.inputs["train-classifier"], **hardened}.items():
+        names = json.loads((source / "classifier.json").read_text())["class_names"]
+        save_classifier(load_classifier(source), context.folder / name, class_names=tuple(names))
 
     # What was written must do what was measured.
     x, _ = context.test_images(8)

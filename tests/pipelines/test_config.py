@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import Config, ConfigError, known_keys, load_config, to_toml
+from pipelines.data import DATASETS
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 
@@ -23,7 +24,7 @@ def test_every_recipe_is_valid_and_names_its_run(recipe):
 
 
 def test_there_is_a_recipe_for_every_data_set():
-    assert {path.stem for path in RECIPES} == {"digits", "mnist", "fashion_mnist", "cifar10", "image_folder"}
+    assert {path.stem for path in RECIPES} - {"hardening"} == set(DATASETS)
 
 
 def test_the_digits_recipe_is_the_default():
@@ -69,13 +70,26 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
         ('evaluate.baselines=["median"]', "baselines"),
         ("evaluate.checks=-1", "checks"),
         ("evaluate.filter=folder", "set classifier as well"),
-        ("harden.norm=l0", "harden.norm"),
+        ("harden.objective.norm=l0", "harden.0.objective.norm"),
         ('evaluate.attacks=[{name="fgsm", loss="both"}]', "loss"),
         ('evaluate.attacks=[{name="cw", loss="margin"}]', "loss of cw"),
         ('evaluate.attacks=[{name="cw"}]', "no attack but noise applies to the threat linf 0.15"),
         ('evaluate.attacks=[{name="pgd"}, {name="pgd", steps=9}]', "two attacks are called pgd"),
         ("evaluate.threats=[{eps=inf}]", "eps: expected above 0 and finite"),
-        ("harden.clean_share=2", "clean_share: expected in [0, 1]"),
+        ("harden.objective.clean_share=2", "clean_share: expected in [0, 1]"),
+        ("harden.objective.name=magic", "expected one of clean, noise, pgd"),
+        ("harden.objective.epz=1", "did you mean harden.objective.eps?"),
+        ("harden.name=filter", "another row of the tables"),
+        ("harden.name=a/b", "name: expected letters"),
+        ('harden=[{name="a"}, {name="a"}]', "two variants are called a"),
+        ('harden=[{name="a", start="b"}]', "harden.a.start: expected a variant before it"),
+        ("harden.teacher=hardened", "teacher: objective pgd asks none"),
+        (
+            "harden={objective={name='interval_bounds'}, behind='filter'}",
+            "behind: interval bounds follow none but binarise",
+        ),
+        ("certify.radii_l2=[]", "radii_l2: expected at least one"),
+        ("certify.smoothing.sigma=0", "sigma: expected above 0"),
         ("fabric.precision=8", "fabric.precision"),
     ],
 )

@@ -15,7 +15,10 @@ def classifier():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 
 
+from manifold_defense.evaluation.baselines import BitDepth, Preprocessed
+
 module = classifier()
+coarse = lambda: Preprocessed(BitDepth(2), classifier())
 number = lambda: 7
 wrong_shape = lambda: nn.Sequential(nn.Flatten(), nn.Linear(63, 10))
 images = lambda: nn.Identity()
@@ -37,7 +40,7 @@ def _own(tmp_path, monkeypatch):
 
 
 def run(*arguments):
-    return invoke("evaluate", *arguments, *(part for s in SETTINGS for part in ("--set", s)))
+    return invoke("evaluate", *(part for s in SETTINGS for part in ("--set", s)), *arguments)
 
 
 def metrics(tmp_path, name="own"):
@@ -50,6 +53,23 @@ def test_an_own_classifier_is_evaluated_beside_baselines(tmp_path, name):
     assert result.exit_code == 0, result.output
     assert "L∞ 0.15" in result.output
     assert {r["defence"] for r in metrics(tmp_path)["rows"]} == {"own", "binarise", "noise"}
+
+
+def test_one_that_brings_its_preprocessing_is_attacked_in_all_its_views(tmp_path):
+    attacks = 'evaluate.attacks=[{name="pgd",steps=2,views=["unaware","identity","soft","exact"]}]'
+    result = run(
+        "--classifier",
+        "mine_first:coarse",
+        "--data",
+        "digits",
+        "--set",
+        attacks,
+        "--set",
+        "evaluate.mode=full",
+    )
+    assert result.exit_code == 0, result.output
+    own = [r for r in metrics(tmp_path)["rows"] if r["defence"] == "own" and r["attack"] == "pgd"]
+    assert {r["view"] for r in own} == {"unaware", "identity", "soft"}
 
 
 def test_behind_a_filter(tmp_path, finished):

@@ -182,7 +182,8 @@ def test_dry_run_does_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("stage", ["train-gan", "train-encoder", "harden"])
 def test_an_interrupted_training_resumes_to_the_same_weights(run_folder, monkeypatch, stage):
     folder = run_folder / stage
-    before = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
+    before = {path.relative_to(folder): load_file(path) for path in folder.rglob("*.safetensors")}
+    assert before
     train = Context.train
 
     def interrupted(self, loop, state, total, picture=None):
@@ -410,7 +411,9 @@ def test_a_preset_replaces_the_settings_of_a_filter(run_folder, tmp_path):
 
 
 def test_a_latent_objective_needs_the_encoder_and_hardens(run_folder):
-    result = invoke("harden", "--force", *settings("harden.objective=latent", "harden.training.images=128"))
+    result = invoke(
+        "harden", "--force", *settings("harden.objective.name=latent", "harden.training.images=128")
+    )
     assert result.exit_code == 0, result.output
     facts = json.loads((run_folder / "harden" / "stage.json").read_text())
     assert set(facts["inputs"]) == {"train-classifier", "train-encoder"}
@@ -473,4 +476,4 @@ def test_two_processes_measure_what_one_does(run_folder):
     command[command.index("evaluate")] = "harden"
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert load_classifier(run_folder / "harden")(torch.rand(1, 1, 8, 8)).isfinite().all()
+    assert load_classifier(run_folder / "harden" / "hardened")(torch.rand(1, 1, 8, 8)).isfinite().all()

@@ -1,0 +1,192 @@
+"""Do attacks on the manifold, added to adversarial training, buy anything at equal cost?
+
+    python benchmarks/hardening.py --filter zoo/mnist/filter --classifier zoo/mnist/undefended \\
+        --data mnist --set data.root=PATH --eps 0.3 --images 60000 --seeds 3 --json hardening.json
+
+Every objective starts from the same clean classifier and may spend the processor time that plain PGD
+training takes for `--images` images: how many images that makes is measured first, on one batch, the
+objectives by turns. Each is trained with `--seeds` seeds, and attacked on `--test-images` test images:
+PGD and APGD in pixels, latents around E(x), and overpowered pairs, of which the share that is found
+counts. Figures are means over the seeds, with the least and the most.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import click
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from gan.sampling import batch_indices, step_rng
+from manifold_defense import ManifoldFilter, load_classifier, load_filter
+from manifold_defense.attacks import apgd, latent_attack, overpowered_pairs, pgd
+from manifold_defense.attacks.objective import correct
+from manifold_defense.classifiers import ImageClassifier
+from manifold_defense.hardening import Clean, Dual, Latent, Objective, Pgd, RobustManifold
+from manifold_defense.hardening.training import TrainingConfig, classifier_state, train_classifier
+from manifold_defense.types import Ball, Generator
+from pipelines.config import load_config
+from pipelines.data import DataConfig, Dataset, augment, load_data, subset, to_float
+
+_TIMED_STEPS = 8
+
+
+def make_objectives(eps: float, steps: int) -> dict[str, Objective]:
+    return {
+        "pgd": Pgd(eps=eps, steps=steps),
+        "dual": Dual(eps=eps, steps=steps),
+        "robust_manifold": RobustManifold(eps=eps, steps=steps),
+        "latent": Latent(steps=steps),
+        "clean": Clean(),
+    }
+
+
+def batches(
+    data: Dataset, config: DataConfig, batch_size: int, seed: int
+) -> Callable[[int], tuple[Tensor, Tensor]]:
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        chosen = batch_indices(len(data.train.labels), batch_size, seed, step)
+        x = augment(to_float(data.train.images[chosen]), config, step_rng(seed + 1, step), shift=True)
+        return x, data.train.labels[chosen]
+
+    return batch
+
+
+def seconds_per_image(
+    model: Callable[[], ImageClassifier],
+    objectives: dict[str, Objective],
+    batch: Any,
+    fabric: Fabric,
+    aids: Any,
+) -> dict[str, float]:
+    """Medians over steps at the full radius, the objectives by turns."""
+    config = TrainingConfig(images=10**9, batch_size=len(batch(0)[1]))
+    states = {name: classifier_state(fabric, model(), config) for name in objectives}
+    loops = {}
+    for name, objective in objectives.items():
+        states[name]["images"] = config.images // 2  # past every ramp
+        loops[name] = train_classifier(fabric, states[name], batch, config, objective, 0, **aids)
+    times: dict[str, list[float]] = {name: [] for name in objectives}
+    for _ in range(_TIMED_STEPS):
+        for name, loop in loops.items():
+            started = time.process_time()
+            next(loop)
+            times[name].append((time.process_time() - started) / config.batch_size)
+    return {name: statistics.median(own[1:]) for name, own in times.items()}
+
+
+def measure(
+    model: ImageClassifier, filter: ManifoldFilter, x: Tensor, y: Tensor, eps: float, seed: int
+) -> dict[str, float]:
+    """Shares in [0, 1]; `pairs` is the share of pairs that the attacker finds, the others what is left."""
+    generator, encoder = cast(Generator, filter.generator), filter.encoder
+    assert encoder is not None
+    model = model.requires_grad_(False)
+    found: dict[str, float] = {}
+
+    def left(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return correct(model(images), y)
+
+    found["clean"] = float(left(x).double().mean())
+    balls: tuple[tuple[str, Ball, float], ...] = (("linf", "linf", eps), ("l2", "l2", 5 * eps))
+    for name, norm, radius in balls:
+        alive = left(x)
+        ball: dict[str, Any] = {"norm": norm, "eps": radius, "seed": seed}
+        alive &= left(pgd(model, x, y, steps=40, restarts=2, loss="both", **ball))
+        alive &= left(apgd(model, x, y, steps=100, **ball))
+        alive &= left(apgd(model, x, y, steps=50, loss="margin", **ball))
+        found[name] = float(alive.double().mean())
+    with torch.no_grad():
+        z = encoder(x)
+    moved = latent_attack(model, generator, z, y, eps=0.3, steps=40, restarts=2, seed=seed)
+    found["on_manifold"] = float(left(moved).double().mean())
+    rng = torch.Generator().manual_seed(seed)
+    starts = (z + 0.1 * torch.randn(z.shape, generator=rng), z + 0.1 * torch.randn(z.shape, generator=rng))
+    pairs = overpowered_pairs(model, generator, starts=starts, eps=1.0, steps=100)
+    found["pairs"] = float(pairs.found.double().mean())
+    return found
+
+
+@click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--filter", "folder", type=click.Path(path_type=Path), required=True)
+@click.option("--classifier", type=click.Path(path_type=Path), required=True, help="The clean one.")
+@click.option("--data", default="mnist")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE")
+@click.option("--objective", "names", multiple=True, default=tuple(make_objectives(0.3, 1)))
+@click.option(
+    "--eps", default=0.3, type=click.FloatRange(min=0, min_open=True), help="L∞; L2 is five times that."
+)
+@click.option("--steps", default=5, type=click.IntRange(min=1), help="Of every inner attack.")
+@click.option("--images", default=60_000, type=click.IntRange(min=1), help="That PGD training sees.")
+@click.option("--batch", default=128, type=click.IntRange(min=1))
+@click.option("--seeds", default=3, type=click.IntRange(min=1))
+@click.option("--test-images", default=500, type=click.IntRange(min=1))
+@click.option("--json", "output", type=click.Path(path_type=Path))
+def main(
+    folder: Path,
+    classifier: Path,
+    data: str,
+    changes: tuple[str, ...],
+    names: tuple[str, ...],
+    eps: float,
+    steps: int,
+    images: int,
+    batch: int,
+    seeds: int,
+    test_images: int,
+    output: Path | None,
+) -> None:
+    config = load_config(None, [f"data.name={data}", *changes]).data
+    read = load_data(config)
+    test = subset(read.test, min(test_images, len(read.test.labels)))
+    x, y = to_float(test.images), test.labels
+    filter, fabric = load_filter(folder), Fabric(accelerator="cpu", devices=1)
+    objectives = {name: made for name, made in make_objectives(eps, steps).items() if name in names}
+    aids = {"manifold": filter}
+
+    every = {"pgd": Pgd(eps=eps, steps=steps), **objectives}
+    cost = seconds_per_image(
+        lambda: load_classifier(classifier), every, batches(read, config, batch, 0), fabric, aids
+    )
+    rows = []
+    for name, objective in objectives.items():
+        own = TrainingConfig(images=round(images * cost["pgd"] / cost[name]), batch_size=batch)
+        # Longer than the whole of a short training makes no mean of it.
+        own = replace(own, average_half_life=max(own.images // 20, 1))
+        for seed in range(seeds):
+            started = time.process_time()
+            state = classifier_state(fabric, load_classifier(classifier), own)
+            loop = train_classifier(
+                fabric, state, batches(read, config, batch, seed), own, objective, seed, **aids
+            )
+            for _ in loop:
+                pass
+            spent = time.process_time() - started
+            row = {"objective": name, "seed": seed, "images": own.images, "cpu_seconds": spent}
+            rows.append({**row, **measure(state["best"], filter, x, y, eps, seed)})
+            click.echo(
+                "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items())
+            )
+            if output is not None:
+                facts = {"eps": eps, "steps": steps, "test_images": len(x), "rows": rows}
+                output.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    for name in objectives:
+        own_rows = [row for row in rows if row["objective"] == name]
+        cells = []
+        for key in ("clean", "linf", "l2", "on_manifold", "pairs"):
+            values = [100 * cast(float, row[key]) for row in own_rows]
+            cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f}–{max(values):.1f})")
+        click.echo(f"| {name} | {own_rows[0]['images']:,} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

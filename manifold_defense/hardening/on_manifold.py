@@ -1,0 +1,149 @@
+"""Training on the generator's range: around an image's own latent, on both manifolds, on pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from manifold_defense.attacks import latent_attack, overpowered_pairs
+from manifold_defense.filter import ManifoldFilter
+from manifold_defense.hardening.adversarial import training_attack
+from manifold_defense.hardening.objective import Base, InBall, Step, check, mixed, ramped
+from manifold_defense.types import Ball, Classifier, Encoder, Generator, Threat
+
+
+def _manifold(step: Step) -> tuple[Generator, Encoder]:
+    filter = step.manifold
+    if not isinstance(filter, ManifoldFilter) or filter.encoder is None:
+        raise ValueError("an objective on the manifold needs a filter with an encoder, as `Step.manifold`")
+    return cast(Generator, filter.generator), filter.encoder
+
+
+def _on_manifold_attack(
+    model: Classifier, x: Tensor, y: Tensor, step: Step, *, eps: float, steps: int
+) -> Tensor:
+    generator, encoder = _manifold(step)
+    with torch.no_grad():
+        z = encoder(x)
+    return latent_attack(model, generator, z, y, eps=eps, steps=steps, seed=step.seed)
+
+
+@dataclass(frozen=True)
+class Latent(Base):
+    """On-manifold adversarial training (Stutz, Hein & Schiele 2019) around E(x).
+
+    Lowers the test error; by itself it gives no robustness off the manifold. `eps` is in units of the
+    prior's standard deviation.
+    """
+
+    needs_manifold: ClassVar[bool] = True
+    name: Literal["latent"] = "latent"
+    eps: float = 0.3
+    steps: int = 5
+    clean_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        check(self, positive=("eps", "steps"), shares=("clean_share",))
+
+    def __call__(self, model: Classifier, x: Tensor, y: Tensor, step: Step, /) -> Tensor:
+        x_adv = _on_manifold_attack(model, x, y, step, eps=self.eps, steps=self.steps)
+        return mixed(model, x, x_adv, y, self.clean_share)
+
+
+@dataclass(frozen=True)
+class Dual(InBall):
+    """Dual-manifold training (Lin et al. 2020): half on attacks in pixels, half on attacks in latents."""
+
+    needs_manifold: ClassVar[bool] = True
+    name: Literal["dual"] = "dual"
+    eps_latent: float = 0.3
+    steps: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, positive=("eps_latent", "steps"))
+
+    def __call__(self, model: Classifier, x: Tensor, y: Tensor, step: Step, /) -> Tensor:
+        eps = self.radius(step)
+        off = training_attack(model, x, y, norm=self.norm, eps=eps, steps=self.steps, seed=step.seed)
+        on = _on_manifold_attack(model, x, y, step, eps=self.eps_latent, steps=self.steps)
+        losses = F.cross_entropy(model(torch.cat([off, on])), torch.cat([y, y]), reduction="none")
+        return losses.view(2, -1).mean(0)
+
+
+@dataclass(frozen=True)
+class RobustManifold(Base):
+    """PGD training, and overpowered pairs found against the model of the moment (Ilyas et al. 2017).
+
+    Each step looks for `pairs` pairs within `pair_eps` (L2) that the model tells apart, and adds `weight`
+    times their mean cross-entropy. Both ends start in one image's latent, so they are meant to have its
+    label; pairs of which an end is nearer to an image of another label in the batch, in latents, straddle
+    a true boundary and are dropped. `eps` 0 leaves the images clean.
+    """
+
+    needs_manifold: ClassVar[bool] = True
+    name: Literal["robust_manifold"] = "robust_manifold"
+    norm: Ball = "linf"
+    eps: float = 0.15
+    steps: int = 5
+    ramp: float = 0.3
+    weight: float = 0.5
+    pairs: int = 16
+    pair_eps: float = 1.0
+    pair_steps: int = 10
+    spread: float = 0.1  # of the starts about E(x), in standard deviations of the prior
+
+    def __post_init__(self) -> None:
+        check(
+            self, positive=("steps", "weight", "pairs", "pair_eps", "pair_steps", "spread"), shares=("ramp",)
+        )
+        if not 0 <= self.eps < float("inf"):
+            raise ValueError(f"eps: expected at least 0 and finite, got {self.eps}")
+
+    @property
+    def threat(self) -> Threat | None:
+        return Threat(self.norm, self.eps) if self.eps else None
+
+    def __call__(self, model: Classifier, x: Tensor, y: Tensor, step: Step, /) -> Tensor:
+        x_adv = x
+        if self.eps:
+            eps = ramped(self.eps, step.progress, self.ramp)
+            x_adv = training_attack(model, x, y, norm=self.norm, eps=eps, steps=self.steps, seed=step.seed)
+        ends, labels = self.label_consistent_pairs(model, x, y, step)
+        losses = F.cross_entropy(
+            model(torch.cat([x_adv, ends])), torch.cat([y, labels, labels]), reduction="none"
+        )
+        own, paired = losses[: len(x)], losses[len(x) :]
+        # Spread over the batch, so that its mean is the sum of both parts.
+        return own + self.weight * (paired.mean() if len(paired) else 0.0)
+
+    def label_consistent_pairs(
+        self, model: Classifier, x: Tensor, y: Tensor, step: Step
+    ) -> tuple[Tensor, Tensor]:
+        """Ends G(z₁) and then G(z₂) of the pairs that were found, (2M, C, H, W), and their labels (M,)."""
+        generator, encoder = _manifold(step)
+        chosen = slice(0, min(self.pairs, len(x)))
+        with torch.no_grad():
+            latents = encoder(x)
+        rng = torch.Generator().manual_seed(step.seed)
+        centre, label = latents[chosen], y[chosen]
+        jitter = torch.randn(2, *centre.shape, generator=rng).to(centre) * self.spread
+        found = overpowered_pairs(
+            model,
+            generator,
+            starts=(centre + jitter[0], centre + jitter[1]),
+            eps=self.pair_eps,
+            steps=self.pair_steps,
+        )
+        same = y.unsqueeze(0) == label.unsqueeze(1)
+        kept = found.found
+        for z in (found.z1, found.z2):
+            distance = torch.cdist(z, latents)
+            own = distance.masked_fill(~same, torch.inf).amin(1)
+            other = distance.masked_fill(same, torch.inf).amin(1)
+            kept = kept & (own < other)
+        return torch.cat([found.x1[kept], found.x2[kept]]).detach(), label[kept]

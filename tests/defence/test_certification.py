@@ -1,0 +1,484 @@
+"""Proofs: closed forms and oracles, and no attack inside any radius."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning_fabric import Fabric
+from scipy.optimize import linprog, minimize
+from scipy.stats import norm as gaussian
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gan.optimisation import seeded
+from manifold_defense.attacks import apgd, pgd
+from manifold_defense.certification import (
+    ABSTAINED,
+    Certificates,
+    PatchClassifier,
+    SmoothingConfig,
+    certified_accuracy,
+    fit_patches,
+    interval_certificates,
+    interval_logits,
+    linear_certificates,
+    linear_worst_margin,
+    lipschitz_certificates,
+    lipschitz_constant,
+    smoothed_certify,
+    smoothed_predict,
+)
+from manifold_defense.certification.lipschitz import convolution_norm
+from manifold_defense.certification.smoothing import certified_radius
+from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
+from manifold_defense.evaluation.baselines import Binarise, BitDepth, Blur, Preprocess, Preprocessed
+from manifold_defense.hardening import IntervalBounds, Objective, Pgd
+from manifold_defense.hardening.training import TrainingConfig, classifier_state, train_classifier
+
+
+def trained(fabric: Fabric, digits: Any, objective: Objective) -> ImageClassifier:
+    config = TrainingConfig(images=60 * 50, batch_size=50, lr=5e-3, average_half_life=200)
+    model = seeded(0, lambda: ImageClassifier((1, 8, 8), 10, ArchitectureConfig(width=8)))
+    state = classifier_state(fabric, model, config)
+
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        chosen = torch.arange(50 * step, 50 * step + 50) % len(digits[0])
+        return digits[0][chosen], digits[1][chosen]
+
+    for _ in train_classifier(fabric, state, batches, config, objective, 0):
+        pass
+    best: ImageClassifier = state["best"]
+    return best
+
+
+@pytest.fixture(scope="module")
+def hardened(fabric: Fabric, digits: Any) -> ImageClassifier:
+    return trained(fabric, digits, Pgd(eps=0.1, steps=2))
+
+
+@pytest.fixture(scope="module")
+def bounded(fabric: Fabric, digits: Any) -> ImageClassifier:
+    return trained(fabric, digits, IntervalBounds(eps=0.05, ramp=0.4))
+
+
+# --- The result ---
+
+
+def test_certified_accuracy_counts_what_is_right_and_proved() -> None:
+    found = Certificates(torch.tensor([1, 1, 0, ABSTAINED]), torch.tensor([0.5, 0.2, 0.9, 0.0]))
+    shares = certified_accuracy(found, torch.tensor([1, 1, 1, 1]), (0.0, 0.2, 0.3, 0.6))
+    assert shares.tolist() == [0.5, 0.5, 0.25, 0.0]
+    assert certified_accuracy(found, torch.tensor([1, 1, 1, 1]), ()).shape == (0,)
+
+
+# --- Linear classifiers ---
+
+
+@pytest.fixture(scope="module")
+def linear() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights (4, 6), biases (4,), images (5, 1, 2, 3) near and at the bounds, labels (5,)."""
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 6, generator=rng, dtype=torch.float64)
+    x = torch.rand(5, 1, 2, 3, generator=rng, dtype=torch.float64)
+    x[0, 0, 0] = 0.0
+    return weight, torch.randn(4, generator=rng, dtype=torch.float64), x, torch.tensor([0, 1, 2, 3, 0])
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("eps", [0.0, 0.1, 0.7, 3.0])
+def test_the_worst_margin_is_that_of_an_optimiser(linear: Any, norm: Any, eps: float) -> None:
+    weight, bias, x, y = linear
+    found = linear_worst_margin(weight, bias, x, y, norm=norm, eps=eps)
+    for i, (image, label) in enumerate(zip(x.flatten(1).numpy(), y.tolist(), strict=True)):
+        margins = []
+        for other in set(range(4)) - {label}:
+            slope = (weight[label] - weight[other]).numpy()
+            margin = float(slope @ image + bias[label] - bias[other])
+            margins.append(margin + fall(slope, image, norm, eps))
+        assert float(found[i]) == pytest.approx(min(margins), abs=2e-6)
+
+
+def fall(slope: Any, image: Any, norm: str, eps: float) -> float:
+    """`min ⟨slope, δ⟩` in ball and box, by scipy."""
+    bounds = list(zip(-image, 1 - image, strict=True))
+    if norm == "linf":
+        return float(linprog(slope, bounds=[(max(a, -eps), min(b, eps)) for a, b in bounds]).fun)
+    if norm == "l1":  # δ = p − n
+        both = np.concatenate([slope, -slope])
+        limits = [(0, b) for _, b in bounds] + [(0, -a) for a, _ in bounds]
+        return float(linprog(both, A_ub=np.ones((1, 12)), b_ub=[eps], bounds=limits).fun)
+    constraint = {"type": "ineq", "fun": lambda d: eps**2 - d @ d, "jac": lambda d: -2 * d}
+    start = np.clip(-1e-3 * slope, [a for a, _ in bounds], [b for _, b in bounds]) * min(eps, 1.0)
+    found = minimize(
+        lambda d: slope @ d,
+        start,
+        jac=lambda d: slope,
+        bounds=bounds,
+        constraints=[constraint],
+        options={"ftol": 1e-14, "maxiter": 1000},
+    )
+    return float(found.fun)
+
+
+def test_the_worst_margin_without_bounds_is_the_dual_norm(linear: Any) -> None:
+    weight, bias, x, y = linear
+    logits = x.flatten(1) @ weight.T + bias
+    for norm, dual in (("linf", 1), ("l2", 2), ("l1", float("inf"))):
+        slopes = torch.linalg.vector_norm(weight[y].unsqueeze(1) - weight, ord=dual, dim=2)
+        expected = logits.gather(1, y.unsqueeze(1)) - logits - 0.3 * slopes
+        expected = expected.scatter(1, y.unsqueeze(1), torch.inf).amin(1)
+        wide = (-1e9, 1e9)
+        found = linear_worst_margin(weight, bias, x, y, norm=norm, eps=0.3, bounds=wide)  # type: ignore[arg-type]
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_an_attack_reaches_the_worst_margin_and_goes_no_lower(linear: Any, norm: Any) -> None:
+    weight, bias, x, y = linear
+
+    def model(x: Tensor) -> Tensor:
+        return x.flatten(1) @ weight.T + bias
+
+    worst = linear_worst_margin(weight, bias, x, y, norm=norm, eps=0.4)
+    x_adv = apgd(model, x, y, norm=norm, eps=0.4, steps=100, loss="margin", stop_early=False)
+    logits = model(x_adv)
+    reached = logits.gather(1, y.unsqueeze(1)).squeeze(1) - logits.scatter(
+        1, y.unsqueeze(1), -torch.inf
+    ).amax(1)
+    assert (reached >= worst - 1e-5).all()  # the images are float32 inside the attack
+    assert (reached <= worst + 0.05).all()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_a_linear_radius_is_where_the_margin_vanishes(linear: Any, norm: Any) -> None:
+    weight, bias, x, _ = linear
+    found = linear_certificates(weight, bias, x, norm=norm)
+    for i, radius in enumerate(found.radius.tolist()):
+        one = (x[i : i + 1], found.prediction[i : i + 1])
+        for share, safe in ((0.999, True), (1.001, False)):
+            margin = linear_worst_margin(
+                weight, bias, *one, norm=norm, eps=share * radius, bounds=(-1e9, 1e9)
+            )
+            assert bool(margin > 0) is safe
+
+
+def test_a_linear_proof_says_what_it_expects(linear: Any) -> None:
+    with pytest.raises(ValueError, match="norm: expected one of linf, l2, l1, got 'l0'"):
+        linear_worst_margin(*linear, norm="l0")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="eps: expected at least 0"):
+        linear_worst_margin(*linear, eps=-1.0)
+
+
+# --- Lipschitz constants ---
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(3, 1, 1), (4, 2, 1), (3, 2, 0), (5, 3, 2), (1, 1, 0), (2, 2, 0)]
+)
+def test_the_norm_of_a_convolution_is_bounded_and_closely(kernel: int, stride: int, padding: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 3, kernel, stride, padding, bias=False).double()
+    eye = torch.eye(2 * 10 * 9, dtype=torch.float64).view(-1, 2, 10, 9)
+    matrix = layer(eye).flatten(1)
+    exact = float(torch.linalg.matrix_norm(matrix, 2).detach())
+    bound = convolution_norm(layer, (2, 10, 9))
+    assert exact * (1 - 1e-12) <= bound <= 1.25 * exact
+
+
+def test_no_two_images_stretch_more_than_the_constant(hardened: ImageClassifier, digits: Any) -> None:
+    constant = lipschitz_constant(hardened)
+    x = digits[0][:100]
+    for scale in (1.0, 1e-2):
+        y = x + scale * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            stretch = (hardened(x) - hardened(y)).norm(dim=1) / (x - y).flatten(1).norm(dim=1)
+        assert float(stretch.max()) <= constant
+
+
+def test_a_lipschitz_radius_is_at_least_the_margin_over_two_constants(
+    hardened: ImageClassifier, digits: Any
+) -> None:
+    found = lipschitz_certificates(hardened, digits[0])
+    with torch.no_grad():
+        top = hardened(digits[0]).double().topk(2).values
+    least = (top[:, 0] - top[:, 1]) / (2 * lipschitz_constant(hardened))
+    assert (found.radius >= least * (1 - 1e-6)).all()
+    assert (found.radius > 0).all()
+
+
+def test_of_a_linear_network_the_lipschitz_radius_is_exact(digits: Any) -> None:
+    """Its body the identity, its normalisation none."""
+    model = ImageClassifier((1, 8, 8), 10, ArchitectureConfig(width=4), torch.zeros(1), torch.ones(1))
+    torch.manual_seed(0)
+    model.body, model.head = nn.Flatten(), nn.Linear(64, 10)
+    found = lipschitz_certificates(model, digits[0])
+    exact = linear_certificates(model.head.weight, model.head.bias, digits[0], norm="l2")
+    torch.testing.assert_close(found.radius, exact.radius, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("certify", [lipschitz_certificates, interval_certificates])
+def test_a_network_that_a_proof_cannot_follow_is_refused(certify: Any) -> None:
+    model = ImageClassifier((1, 8, 8), 10, ArchitectureConfig(width=4))
+    model.body = nn.Sequential(model.body, nn.GELU())
+    with pytest.raises(TypeError, match="layer of kind GELU"):
+        certify(model, torch.rand(2, 1, 8, 8))
+
+
+# --- Interval bounds ---
+
+
+def test_interval_bounds_hold_and_are_exact_without_hidden_layers(digits: Any) -> None:
+    x, y = digits[0][:50], digits[1][:50]
+    model = ImageClassifier((1, 8, 8), 10, ArchitectureConfig(width=4))
+    model.body, model.head = nn.Flatten(), nn.Linear(64, 10)
+    bounds = interval_logits(model, x, y, 0.1).double()
+    worst = -bounds.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
+    weight = (model.head.weight / 0.5).detach()
+    bias = (model.head.bias - 0.5 * weight.sum(1)).detach()
+    torch.testing.assert_close(
+        worst.detach(), linear_worst_margin(weight, bias, x, y, eps=0.1), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.02, 0.1])
+def test_nothing_in_the_box_exceeds_the_bounds(bounded: ImageClassifier, digits: Any, eps: float) -> None:
+    x, y = digits[0][:50], digits[1][:50]
+    with torch.no_grad():
+        bounds = interval_logits(bounded, x, y, eps)
+        corners = [(x + eps * torch.randn(x.shape).sign()).clamp(0, 1) for _ in range(20)]
+        corners.append(pgd(bounded, x, y, eps=eps, steps=10, stop_early=False))
+        for moved in corners:
+            logits = bounded(moved)
+            assert (logits - logits.gather(1, y.unsqueeze(1)) <= bounds + 1e-4).all()
+    assert (bounds.gather(1, y.unsqueeze(1)) == 0).all()
+
+
+@pytest.mark.parametrize("preprocess", [Binarise(), BitDepth(2), Blur(0.7)], ids=lambda p: type(p).__name__)
+def test_bounds_follow_a_monotone_preprocessing(
+    bounded: ImageClassifier, digits: Any, preprocess: Preprocess
+) -> None:
+    """Nothing that an attack through any view makes of the images exceeds them; and they are no looser than
+    the box behind the preprocessing."""
+    assert preprocess.monotone
+    x, y = digits[0][:30], digits[1][:30]
+    model = Preprocessed(preprocess, bounded)
+    with torch.no_grad():
+        bounds = interval_logits(model, x, y, 0.1)
+        for view in model.views():
+            moved = pgd(model.view(view), x, y, eps=0.1, steps=10, stop_early=False)
+            logits = model(moved)
+            assert (logits - logits.gather(1, y.unsqueeze(1)) <= bounds + 1e-4).all()
+    found = interval_certificates(model, x)
+    for i in found.radius.argsort(descending=True)[:5].tolist():
+        image, label = x[i : i + 1], found.prediction[i : i + 1]
+        for view in model.views():
+            eps = 0.999 * float(found.radius[i])
+            moved = pgd(model.view(view), image, label, eps=eps, steps=20, loss="margin")
+            assert (model(moved).argmax(1) == label).all()
+
+
+def test_pixels_far_from_the_threshold_cannot_be_moved(digits: Any) -> None:
+    """A black and white image behind a threshold is proved up to a half, whatever the network."""
+    model = Preprocessed(
+        Binarise(), seeded(0, lambda: ImageClassifier((1, 8, 8), 10, ArchitectureConfig(width=4)))
+    )
+    found = interval_certificates(model, (digits[0][:10] > 0.5).float())
+    assert ((found.radius > 0.499) & (found.radius <= 0.5)).all()
+
+
+def test_the_radius_is_the_last_that_the_bounds_prove(bounded: ImageClassifier, digits: Any) -> None:
+    x = digits[0]
+    found = interval_certificates(bounded, x, largest=0.5)
+    assert float(found.radius.median()) > 0.01
+
+    def safe(radius: Tensor) -> Tensor:
+        with torch.no_grad():
+            bounds = interval_logits(bounded, x, found.prediction, radius)
+        return bounds.scatter(1, found.prediction.unsqueeze(1), -torch.inf).amax(1) < 0
+
+    assert safe(found.radius)[found.radius > 0].all()
+    assert not safe(found.radius + 0.5 / 2**11).any()
+
+
+# --- No certified image is broken inside its radius ---
+
+
+@pytest.mark.parametrize("method", ["lipschitz", "intervals", "distance"])
+def test_no_attack_contradicts_a_proof(
+    hardened: ImageClassifier, bounded: ImageClassifier, digits: Any, method: str
+) -> None:
+    x = digits[0][150:]
+    model: Any
+    if method == "distance":
+        model = fit_patches(digits[0][:150], digits[1][:150], patches=3, directions=2)
+        x = x.double()
+        found, norm = model.certify(x), "l2"
+    elif method == "lipschitz":
+        model, found, norm = hardened, lipschitz_certificates(hardened, x), "l2"
+    else:
+        model, found, norm = bounded, interval_certificates(bounded, x), "linf"
+    order = found.radius.argsort(descending=True)
+    assert float(found.radius[order[0]]) > 0.01
+    for i in order[:12].tolist():  # each at its own radius, and the same images a good way beyond it
+        image, label, radius = x[i : i + 1], found.prediction[i : i + 1], float(found.radius[i])
+        for attack in (pgd, apgd):
+            moved = attack(
+                model, image, label, norm=norm, eps=0.999 * radius, steps=30, restarts=2, loss="margin"
+            )
+            assert (model(moved).argmax(1) == label).all()
+    beyond = pgd(
+        model, x, found.prediction, norm=norm, eps=30 * float(found.radius.median()), steps=30, loss="margin"
+    )
+    assert (model(beyond).argmax(1) != found.prediction).float().mean() > 0.5
+
+
+# --- Randomized smoothing ---
+
+
+@pytest.mark.parametrize(("draws", "sigmas"), [(100, 1.500), (100_000, 3.811)])
+def test_the_radius_when_every_vote_is_right(draws: int, sigmas: float) -> None:
+    for sigma in (0.25, 1.0):
+        found = certified_radius(draws, SmoothingConfig(sigma=sigma, draws=draws, alpha=0.001))
+        assert found == pytest.approx(sigma * sigmas, abs=sigma * 5e-4)
+        assert found == pytest.approx(sigma * gaussian.ppf(0.001 ** (1 / draws)))
+
+
+def test_no_radius_below_a_majority() -> None:
+    config = SmoothingConfig(draws=1000)
+    assert certified_radius(500, config) == certified_radius(540, config) == 0
+    assert certified_radius(560, config) > 0
+
+
+def half_space(x: Tensor) -> Tensor:
+    """Class 1 where the mean of the pixels is above a half: of it, all about smoothing is known."""
+    score = x.flatten(1).mean(1) - 0.5
+    return torch.stack([-score, score], 1)
+
+
+def test_a_half_space_keeps_its_distance() -> None:
+    """The true radius of the vote is the distance to the plane, whatever σ (Cohen et al. 2019, app. B)."""
+    config = SmoothingConfig(sigma=0.5, draws=20_000)
+    x = torch.stack([torch.full((1, 4, 4), v) for v in (0.3, 0.45, 0.62)])
+    found = smoothed_certify(half_space, x, config)
+    distance = (x.flatten(1).mean(1) - 0.5).abs() * 4  # of a mean of 16 pixels
+    assert found.prediction.tolist() == [0, 0, 1]
+    assert (found.radius <= distance).all()
+    assert (found.radius >= distance - 0.06).all()
+
+
+def test_smoothing_abstains_where_the_vote_is_open() -> None:
+    x = torch.full((1, 1, 4, 4), 0.5)
+    config = SmoothingConfig(sigma=0.5, draws=500)
+    found = smoothed_certify(half_space, x, config)
+    assert found.prediction.tolist() == [ABSTAINED]
+    assert found.radius.tolist() == [0]
+    assert smoothed_predict(half_space, x, config).tolist() == [ABSTAINED]
+    assert smoothed_predict(half_space, x + 0.3, config).tolist() == [1]
+
+
+def test_smoothing_does_not_depend_on_the_batch_and_leaves_nothing_behind(
+    hardened: ImageClassifier, digits: Any
+) -> None:
+    x, config = digits[0][:6], SmoothingConfig(draws=150, batch_size=64)
+    hardened.train()
+    state = torch.random.get_rng_state()
+    whole = smoothed_certify(hardened, x, config)
+    assert hardened.training
+    hardened.eval()
+    assert torch.equal(state, torch.random.get_rng_state())
+    alone = smoothed_certify(hardened, x[4:5], config)
+    assert whole.prediction[4] == alone.prediction[0]
+    assert whole.radius[4] == alone.radius[0]
+    other = smoothed_certify(hardened, x, SmoothingConfig(draws=150, batch_size=64), seed=1)
+    assert not torch.equal(whole.radius, other.radius)
+
+
+def test_a_smoothed_model_keeps_its_answer_inside_the_radius(hardened: ImageClassifier, digits: Any) -> None:
+    """Attacked through the mean of its own noise; the vote is taken anew on what comes out."""
+    x, config = digits[0][:20], SmoothingConfig(sigma=0.25, draws=2_000, batch_size=2_000)
+    found = smoothed_certify(hardened, x, config)
+    noise = 0.25 * torch.randn(32, *x.shape[1:], generator=torch.Generator().manual_seed(9))
+
+    def vote(x: Tensor) -> Tensor:
+        noisy = (x.unsqueeze(1) + noise).flatten(0, 1)
+        return hardened(noisy).softmax(1).view(len(x), -1, 10).mean(1).clamp(min=1e-9).log()
+
+    kept = found.radius > 0.2
+    assert int(kept.sum()) >= 5
+    for i in kept.nonzero().squeeze(1).tolist()[:8]:
+        label = found.prediction[i : i + 1]
+        moved = pgd(
+            vote,
+            x[i : i + 1],
+            label,
+            norm="l2",
+            eps=0.99 * float(found.radius[i]),
+            steps=10,
+            stop_early=False,
+            bounds=(-9.0, 9.0),
+        )
+        assert smoothed_predict(hardened, moved, config, seed=5).item() in (label.item(), ABSTAINED)
+
+
+def test_votes_that_are_not_finite_count_for_no_class() -> None:
+    def broken(x: Tensor) -> Tensor:
+        return torch.full((len(x), 3), float("nan"))
+
+    config = SmoothingConfig(draws=50)
+    assert smoothed_certify(broken, torch.rand(2, 1, 2, 2), config).prediction.tolist() == [ABSTAINED] * 2
+
+
+@pytest.mark.parametrize(("key", "value"), [("sigma", 0.0), ("draws", 0), ("selection", 0), ("alpha", 1.0)])
+def test_a_smoothing_config_names_its_bad_key(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{key}: expected"):
+        SmoothingConfig(**{key: value})
+
+
+# --- Distances to a manifold a class ---
+
+
+def test_the_distance_to_points_and_to_patches_is_that_of_least_squares() -> None:
+    rng = torch.Generator().manual_seed(0)
+    means = torch.rand(5, 12, generator=rng, dtype=torch.float64)
+    bases = torch.linalg.qr(torch.randn(5, 12, 2, generator=rng, dtype=torch.float64)).Q.transpose(1, 2)
+    labels = torch.tensor([0, 1, 1, 0, 2])
+    x = torch.rand(4, 1, 3, 4, generator=rng, dtype=torch.float64)
+    for directions in (0, 2):
+        found = PatchClassifier(means, bases[:, :directions], labels).distances(x)
+        for i, image in enumerate(x.flatten(1)):
+            for label in range(3):
+                rest = [
+                    float(np.linalg.norm(gap - basis.T @ np.linalg.lstsq(basis.T, gap)[0]))
+                    for mean, basis, own in zip(means, bases[:, :directions].numpy(), labels, strict=True)
+                    if own == label
+                    for gap in [(image - mean).numpy()]
+                ]
+                assert float(found[i, label]) == pytest.approx(min(rest), rel=1e-9)
+
+
+def test_a_distance_classifier_finds_the_digits_and_is_one_lipschitz(digits: Any) -> None:
+    x, y = digits[0].double(), digits[1]
+    for patches, directions in ((0, 0), (4, 3)):
+        model = fit_patches(x[:150], y[:150], patches=patches, directions=directions)
+        assert (model(x[150:]).argmax(1) == y[150:]).double().mean() > 0.85
+        other = (x + 0.3 * torch.randn(x.shape, dtype=torch.float64)).clamp(0, 1)
+        change = (model.distances(x) - model.distances(other)).abs().amax(1)
+        assert (change <= (x - other).flatten(1).norm(dim=1) + 1e-9).all()
+
+
+def test_a_distance_classifier_says_what_it_expects() -> None:
+    with pytest.raises(ValueError, match="bases: expected"):
+        PatchClassifier(torch.rand(3, 4), torch.rand(3, 1, 5), torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match="labels: expected"):
+        PatchClassifier(torch.rand(2, 4), torch.rand(2, 0, 4), torch.tensor([0, 2]))
+
+
+def test_the_loss_of_the_bounds_is_above_that_of_every_attack(bounded: ImageClassifier, digits: Any) -> None:
+    x, y = digits[0][:50], digits[1][:50]
+    with torch.no_grad():
+        upper = F.cross_entropy(interval_logits(bounded, x, y, 0.05), y, reduction="none")
+        attacked = F.cross_entropy(
+            bounded(pgd(bounded, x, y, eps=0.05, steps=10, stop_early=False)), y, reduction="none"
+        )
+    assert (attacked <= upper + 1e-5).all()

@@ -1,0 +1,236 @@
+"""Variants of the hardened classifier, each with its folder and its rows; and proofs of them."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from pipelines_support import invoke, settings
+
+from manifold_defense import load_classifier
+from pipelines.config import load_config
+from pipelines.data import load_data
+from pipelines.defences import compared
+from pipelines.stages.classifiers import held_out
+
+VARIANTS = """
+[[harden]]
+name = "hardened"
+objective = { steps = 2 }
+training = { images = 640 }
+
+[[harden]]
+name = "through"
+behind = "filter"
+objective = { name = "fast", eps = 0.1 }
+training = { images = 128 }
+
+[[harden]]
+name = "teacher"
+objective = { name = "distillation", temperature = 20 }
+training = { images = 640 }
+
+[[harden]]
+name = "student"
+teacher = "teacher"
+objective = { name = "distillation", temperature = 20 }
+training = { images = 640 }
+
+[[harden]]
+name = "coarse"
+behind = "bit_depth"
+start = "hardened"
+objective = { name = "clean" }
+training = { images = 128 }
+
+[[harden]]
+name = "drawn"
+behind = "reconstructions"
+objective = { name = "latent", steps = 1 }
+training = { images = 128 }
+"""
+SMALL = settings(without="harden.")
+FAST = ["--set", "evaluate.checks=0", "--set", "evaluate.reject=0", "--set", "evaluate.baselines=[]"]
+
+
+def clean(path):
+    return {key: value.clone() for key, value in load_classifier(path).state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def variants(finished, tmp_path_factory):
+    """A run whose `harden` holds all of the variants above, from the networks of the finished one."""
+    home = tmp_path_factory.mktemp("variants")
+    shutil.copytree(finished / "runs", home / "runs")
+    (home / "variants.toml").write_text(VARIANTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        result = invoke("harden", "--force", "--config", "variants.toml", *SMALL)
+    assert result.exit_code == 0, result.output
+    return home
+
+
+@pytest.fixture
+def home(variants, tmp_path, monkeypatch):
+    """A copy of it in the working directory."""
+    shutil.copytree(variants, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs" / "digits"
+
+
+def test_every_variant_has_its_folder(home):
+    names = ("hardened", "through", "teacher", "student", "coarse", "drawn")
+    facts = json.loads((home / "harden" / "stage.json").read_text())
+    assert tuple(facts["metrics"]["variants"]) == names
+    assert set(facts["inputs"]) == {"train-classifier", "train-encoder"}
+    assert "projection.steps" in facts["config"]  # one is trained behind the filter
+    weights = [clean(home / "harden" / name) for name in names]
+    assert not any(same(a, b) for i, a in enumerate(weights) for b in weights[:i])
+    assert not list((home / "harden").rglob("*.ckpt"))
+    for metrics in facts["metrics"]["variants"].values():
+        assert 0 <= metrics["pgd20_accuracy"] <= 1
+        assert len(metrics["validations"]) >= 2
+        assert all(0 <= robust <= 1 and seen for seen, _, robust in metrics["validations"])
+
+
+def test_what_has_not_changed_is_taken_over(home, tmp_path):
+    before = {name: clean(home / "harden" / name) for name in ("hardened", "through", "teacher", "student")}
+    changed = VARIANTS.replace("eps = 0.1 }", "eps = 0.05 }")
+    changed += '\n[[harden]]\nname = "more"\nobjective = { name = "clean" }\ntraining = { images = 64 }\n'
+    (tmp_path / "variants.toml").write_text(changed)
+    refused = invoke("harden", "--config", "variants.toml", *SMALL)
+    assert refused.exit_code == 1
+    assert "harden.1.objective.eps was 0.1, is 0.05" in refused.output
+    result = invoke("harden", "--force", "--config", "variants.toml", *SMALL)
+    assert result.exit_code == 0, result.output
+    for name in ("hardened", "teacher", "student", "coarse", "drawn"):
+        assert f"harden {name}: cached" in result.output
+    for name, weights in before.items():
+        assert same(weights, clean(home / "harden" / name)) is (name != "through")
+    assert (home / "harden" / "more" / "classifier.json").exists()
+
+    again = invoke("harden", "--force", "--config", "variants.toml", *SMALL)
+    assert "cached" not in again.output  # what is current is made anew if one insists
+
+    # What builds on a variant changes with it.
+    (tmp_path / "variants.toml").write_text(changed.replace("temperature = 20", "temperature = 10", 1))
+    result = invoke("harden", "--force", "--config", "variants.toml", *SMALL)
+    assert "harden hardened: cached" in result.output
+    assert "harden teacher: cached" not in result.output
+    assert "harden student: cached" not in result.output
+
+
+def test_finished_variants_outlive_an_interruption(home, monkeypatch):
+    import pipelines.stages.classifiers as stage
+
+    before = clean(home / "harden" / "student")
+    shutil.rmtree(home / "harden")
+    harden = stage._harden
+
+    def stopped(own, context, variant):
+        if variant.name == "teacher":
+            raise KeyboardInterrupt
+        return harden(own, context, variant)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_harden", stopped)
+        assert invoke("harden", "--config", "variants.toml", *SMALL).exit_code == 130
+    made = home / "harden.part" / "hardened" / "classifier.safetensors"
+    stamp = made.stat().st_mtime_ns
+    result = invoke("harden", "--config", "variants.toml", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert (home / "harden" / "hardened" / made.name).stat().st_mtime_ns == stamp
+    assert same(before, clean(home / "harden" / "student"))
+
+
+def test_the_evaluation_attacks_each_and_certify_proves_each(home):
+    result = invoke("run", "report", "--force", "--config", "variants.toml", *SMALL, *FAST)
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((home / "evaluate" / "stage.json").read_text())["metrics"]
+    rows = metrics["rows"]
+    defences = ["undefended", "filter"]
+    for name in ("hardened", "through", "teacher", "student"):
+        defences += [name, f"{name}+filter"]
+    defences += ["coarse", "drawn", "drawn+filter"]
+    assert list(dict.fromkeys(r["defence"] for r in rows)) == defences
+    assert {r["view"] for r in rows if r["defence"] == "coarse"} >= {"unaware", "identity"}
+    trained = {r["defence"] for r in rows if r["attack"] == "worst" and r["trained"]}
+    assert trained == {"hardened", "hardened+filter"}  # the other's ball is another one
+    pairs = {(c["before"], c["after"]) for c in metrics["comparisons"]}
+    assert (
+        "hardened",
+        "through+filter",
+    ) in pairs  # what was trained behind the filter has a static one to beat
+    assert ("teacher", "teacher+filter") in pairs
+
+    certified = json.loads((home / "certify" / "stage.json").read_text())["metrics"]
+    found = {(line["defence"], line["method"]) for line in certified["lines"]}
+    assert {("undefended", "smoothing"), ("filter", "smoothing"), ("distance", "distance")} <= found
+    assert {("hardened", "intervals"), ("through+filter", "smoothing"), ("student", "lipschitz")} <= found
+    for line in certified["lines"]:
+        assert line["contradicted"] == 0
+        shares = list(line["certified"].values())
+        assert shares == sorted(shares, reverse=True)
+        for radius, left in line["pgd"].items():
+            assert line["certified"][radius] <= left <= 1
+    with (home / "certify" / "images.csv").open() as file:
+        images = list(csv.DictReader(file))
+    assert len(images) == 6 * len(certified["lines"])
+    report = (home / "report" / "report.md").read_text()
+    assert "## What is proved" in report
+    assert "| distance, distance |" in report
+    for picture in ("certify-certified-l2.png", "certify-certified-linf.png", "trade-off-0.png"):
+        assert f"({picture})" in report
+        assert (home / "report" / picture).stat().st_size > 1000
+
+
+def test_a_stopped_certification_goes_on(home, monkeypatch):
+    import pipelines.stages.certify as stage
+
+    certify = stage.smoothed_certify
+    calls = []
+
+    def once(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return certify(*args, **kwargs)
+
+    few = ["--set", 'certify.methods=["smoothing"]', "--set", "certify.images=4"]
+    monkeypatch.setattr(stage, "smoothed_certify", once)
+    shutil.rmtree(home / "certify")
+    command = ("certify", "--config", "variants.toml", *SMALL, *few)
+    assert invoke(*command).exit_code == 130
+    assert invoke(*command).exit_code == 0
+    # One call a proof, for there is one chunk of images; the second was begun twice, the first was not.
+    lines = json.loads((home / "certify" / "stage.json").read_text())["metrics"]["lines"]
+    assert len(calls) == len(lines) + 1
+
+
+def test_settings_find_their_variant():
+    text = ['harden=[{name="a"},{name="b"}]', "harden.b.objective.eps=0.2", "harden.0.training.images=7"]
+    a, b = load_config(None, text).harden
+    assert (a.training.images, b.objective.eps) == (7, 0.2)
+    assert a.objective.eps == 0.15
+    assert [v.name for v in load_config(None, ["harden.name=solo"]).harden] == ["solo"]
+    assert load_config(None, ["harden=[]"]).harden == ()
+    assert compared(load_config(None, ["harden=[]"])) == [("undefended", "filter")]
+
+
+def test_validation_images_are_not_trained_on():
+    train = load_data(load_config().data).train
+    judged, rest = held_out(train)
+    assert len(judged.labels) == len(train.labels) // 10
+    assert len(judged.labels) + len(rest.labels) == len(train.labels)
+    assert sorted(set(judged.labels.tolist())) == list(range(10))
+    seen = {image.numpy().tobytes() for image in rest.images}
+    own = [image.numpy().tobytes() for image in judged.images]
+    repeated = {image.numpy().tobytes() for image in train.images}
+    # The data hold each image once, so none can be on both sides.
+    assert len(repeated) == len(train.labels)
+    assert not any(image in seen for image in own)
