@@ -6,7 +6,8 @@
 
 Attacks run from cheap to dear, and only images that survived go on: PGD that knows the classifier
 alone, PGD of `--approximate-steps` through the views that approximate, of `--steps` through the
-exact one, Square, which needs no gradient; at the end each meets the images that broke the others.
+exact one, APGD of five times as many, Square, which needs no gradient; at the end each meets the images
+that broke the others. Every preset is set beside the first of them, image by image, by a sign test.
 Threats beyond a ball, such as `--threat patch:7`, meet the attacks that are for them.
 Views of a preset with several restarts are those of its first restart alone, which is one of the
 deployed ones: a step through all ten of the reference costs ten times as much. Baselines stand
@@ -67,6 +68,7 @@ def make_attacks(steps: int, approximate_steps: int, restarts: int, queries: int
     return [
         AttackConfig("pgd", approximate_steps, restarts, "margin", views=KINDS["approximate"]),
         AttackConfig("pgd", steps, restarts, "both" if restarts > 1 else "ce", views=("unaware", "exact")),
+        AttackConfig("apgd", 5 * steps, views=("exact",)),
         AttackConfig("pgd_l0", steps, restarts, views=("unaware", "exact")),
         AttackConfig("patch", approximate_steps, restarts, views=("unaware", "exact")),
         AttackConfig("square", steps=queries),
@@ -136,6 +138,7 @@ def main(
     test = subset(test, min(images, len(test.labels)))
     x, y = to_float(test.images), test.labels
     table: list[dict[str, Any]] = []
+    paired: list[dict[str, Any]] = []
     for entry in classifiers:
         label, _, path = entry.partition("=")
         model = load_classifier(Path(path)).requires_grad_(False)
@@ -161,6 +164,11 @@ def main(
                 interval = f"[{cell['ci_low']:.1%}, {cell['ci_high']:.1%}]"
                 mark = "  masked: not a robustness figure" if cell["masked"] else ""
                 click.echo(f"  {defence.name:12} {cell['robust_accuracy']:6.1%}  {interval}  {after}{mark}")
+            for other in presets[1:]:
+                for found in evaluation.comparisons(presets[0], other):
+                    paired.append({"classifier": label, **found})
+                    figures = f"{found['gained']} gained, {found['lost']} lost, p {found['p']:.2g}"
+                    click.echo(f"  {other} beside {presets[0]}: {figures}")
             if output is not None:
                 facts = {
                     "images": len(x),
@@ -169,6 +177,7 @@ def main(
                     "restarts": restarts,
                     "queries": queries,
                     "rows": table,
+                    "paired": paired,
                 }
                 output.write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
