@@ -1,7 +1,7 @@
 """Do attacks on the manifold, added to adversarial training, buy anything at equal cost?
 
     python benchmarks/hardening.py --filter zoo/mnist/filter --classifier zoo/mnist/undefended \\
-        --data mnist --set data.root=PATH --eps 0.3 --images 60000 --seeds 3 --json hardening.json
+        --data mnist --set data.root=PATH --eps 0.2 --images 60000 --seeds 3 --json hardening.json
 
 Every objective starts from the same clean classifier and may spend the processor time that plain PGD
 training takes for `--images` images: how many images that makes is measured first, on one batch, the
@@ -107,7 +107,7 @@ def measure(
         found[name] = float(alive.double().mean())
     with torch.no_grad():
         z = encoder(x)
-    moved = latent_attack(model, generator, z, y, eps=0.3, steps=40, restarts=2, seed=seed)
+    moved = latent_attack(model, generator, z, y, eps=0.1, steps=40, restarts=2, seed=seed)
     found["on_manifold"] = float(left(moved).double().mean())
     rng = torch.Generator().manual_seed(seed)
     starts = (z + 0.1 * torch.randn(z.shape, generator=rng), z + 0.1 * torch.randn(z.shape, generator=rng))
