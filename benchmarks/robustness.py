@@ -1,7 +1,7 @@
 """What is each preset worth against an attacker who knows it? The per-image worst over views and attacks.
 
     python benchmarks/robustness.py --filter zoo/mnist/filter \\
-        --classifier plain=zoo/mnist/undefended --classifier hardened=zoo/mnist/classifier \\
+        --classifier plain=zoo/mnist/undefended --classifier hardened=zoo/mnist/classifier-pgd \\
         --data mnist --set data.root=PATH --images 200 --json robustness.json
 
 Attacks run from cheap to dear, and only images that survived go on: PGD that knows the classifier

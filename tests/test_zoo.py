@@ -14,7 +14,7 @@ WEIGHTS = sorted(MNIST.glob("*/*.safetensors"))
 
 
 def test_there_is_a_filter_and_its_classifiers() -> None:
-    assert [path.parent.name for path in WEIGHTS] == ["classifier", "filter", "undefended"]
+    assert [path.parent.name for path in WEIGHTS] == ["classifier", "classifier-pgd", "filter", "undefended"]
 
 
 @pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.parent.name)
@@ -41,7 +41,7 @@ def test_the_filter_redraws_its_own_drawings_and_not_noise() -> None:
     assert 0.05 < float(drawn.mean()) < 0.4
 
 
-@pytest.mark.parametrize("name", ["classifier", "undefended"])
+@pytest.mark.parametrize("name", ["classifier", "classifier-pgd", "undefended"])
 def test_a_classifier_sees_what_the_filter_keeps(name: str) -> None:
     """Of confident drawings, most keep their class."""
     filter, classifier = load_filter(MNIST / "filter"), load_classifier(MNIST / name)
