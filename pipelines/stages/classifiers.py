@@ -79,6 +79,10 @@ def harden(context: Context) -> dict[str, Any]:
             finally:
                 own.close()
             facts = {"fingerprint": _fingerprint(context, variant), "metrics": metrics}
+            own.say(
+                f"{own.stage}: test accuracy {metrics['test_accuracy']:.4g}, "
+                f"pgd20 accuracy {metrics['pgd20_accuracy']:.4g}"
+            )
             if context.main:
                 write_json(own.folder / VARIANT, facts)
                 (own.folder / STATE).unlink(missing_ok=True)
@@ -117,8 +121,9 @@ def _fingerprint(context: Context, variant: HardenConfig) -> str:
             lineage.insert(0, earlier)
             wanted |= {earlier.start, earlier.teacher}
     config = replace(context.config, harden=tuple(lineage))
-    sections = ("seed", "data", "harden", *(("projection",) if variant.needs_filter else ()))
-    needed = ("train-classifier", *(("train-encoder",) if variant.needs_filter else ()))
+    on_filter = any(member.needs_filter for member in lineage)
+    sections = ("seed", "data", "harden", *(("projection",) if on_filter else ()))
+    needed = ("train-classifier", *(("train-encoder",) if on_filter else ()))
     inputs = {}
     for name in needed:
         facts = context.inputs[name] / FACTS
