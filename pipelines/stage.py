@@ -67,8 +67,10 @@ class Plan:
         before = facts.get("config", {})
         wanted = json.loads(json.dumps(dict(self.config), default=str))
         for key in sorted({*before, *wanted}, key=lambda k: list(wanted).index(k) if k in wanted else -1):
-            if before.get(key) != wanted.get(key):
-                return f"{key} was {before.get(key)!r}, is {wanted.get(key)!r}"
+            if key not in before or key not in wanted:
+                return f"{key} is {'new' if key in wanted else 'no longer there'}"
+            if before[key] != wanted[key]:
+                return f"{key} was {before[key]!r}, is {wanted[key]!r}"
         for name, fingerprint in self.inputs.items():
             if facts.get("inputs", {}).get(name) != fingerprint:
                 return f"its input {name} has changed"

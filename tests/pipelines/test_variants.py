@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import pytest
@@ -234,3 +235,14 @@ def test_validation_images_are_not_trained_on():
     # The data hold each image once, so none can be on both sides.
     assert len(repeated) == len(train.labels)
     assert not any(image in seen for image in own)
+
+
+def test_a_variant_more_or_less_is_named(home, tmp_path):
+    plain = VARIANTS.rindex("[[harden]]")
+    (tmp_path / "variants.toml").write_text(VARIANTS[:plain])
+    fewer = invoke("harden", "--config", "variants.toml", *SMALL)
+    assert fewer.exit_code == 1
+    assert re.search(r"harden\.5\.\S+ is no longer there", fewer.output)
+    (tmp_path / "variants.toml").write_text(VARIANTS + '\n[[harden]]\nname = "more"\n')
+    more = invoke("harden", "--config", "variants.toml", *SMALL)
+    assert "harden.6.name is new" in more.output
