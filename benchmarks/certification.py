@@ -19,13 +19,14 @@ from typing import Any
 import click
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
 from gan.sampling import batch_indices
 from manifold_defense import DefendedClassifier, load_classifier, load_filter
 from manifold_defense.attacks import pgd
 from manifold_defense.certification import (
     Certificates,
+    Clipped,
     SmoothingConfig,
     certified_accuracy,
     fit_patches,
@@ -38,18 +39,6 @@ from pipelines.config import load_config
 from pipelines.data import ImageData, load_data, subset, to_float
 
 RADII = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
-
-
-class Clipped(nn.Module):
-    """A model that is handed images in [0, 1], whatever the noise makes of them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.model(x.clamp(0, 1))
-        return logits
 
 
 def trained_under_noise(folder: Path, train: ImageData, sigma: float, images: int) -> ImageClassifier:
@@ -128,7 +117,7 @@ def main(
 
     for sigma in sigmas:
         noisy = trained_under_noise(classifier, read.train, sigma, images)
-        defended = Clipped(DefendedClassifier(filter, noisy)).eval()
+        defended = Clipped(DefendedClassifier(filter, noisy))
         for name, model_, n in (("", noisy, draws), (" behind the filter", defended, draws // 10)):
             started = time.perf_counter()
             found = smoothed_certify(model_, x, SmoothingConfig(sigma=sigma, draws=n))

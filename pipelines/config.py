@@ -126,6 +126,8 @@ class HardenConfig:
             raise ValueError(f"name: {self.name} is another row of the tables; choose a different one")
         if self.teacher and not self.objective.takes_teacher:
             raise ValueError(f"teacher: objective {self.objective.name} asks none")
+        if self.behind == "filter" and self.objective.name in _NOT_BEHIND_FILTER:
+            raise ValueError(f"behind: {_NOT_BEHIND_FILTER[self.objective.name]}")
         if self.objective.name == "interval_bounds" and self.behind not in ("", *_MONOTONE):
             raise ValueError(f"behind: interval bounds follow none but {', '.join(_MONOTONE)}")
 
@@ -174,6 +176,11 @@ class CertifyConfig:
                 raise ValueError(f"{name}: expected at least one radius, all above 0, got {radii}")
 
 
+# Objectives that a filter cannot stand before, and why.
+_NOT_BEHIND_FILTER = {
+    "noise": "a filter takes images in [0, 1] alone, and this noise is not clipped",
+    "gradient_penalty": "a filter's gradient cannot be differentiated again",
+}
 _MONOTONE = ("binarise", "bit_depth", "blur")
 _NAME_LETTERS = frozenset(string.ascii_letters + string.digits + "._-")
 _TAKEN = ("undefended", "classifier", "distance", "filter", "own", *get_args(Baseline))

@@ -10,11 +10,17 @@ from manifold_defense.certification.distance import PatchClassifier, fit_patches
 from manifold_defense.certification.intervals import interval_certificates, interval_logits
 from manifold_defense.certification.linear import linear_certificates, linear_worst_margin
 from manifold_defense.certification.lipschitz import lipschitz_certificates, lipschitz_constant
-from manifold_defense.certification.smoothing import SmoothingConfig, smoothed_certify, smoothed_predict
+from manifold_defense.certification.smoothing import (
+    Clipped,
+    SmoothingConfig,
+    smoothed_certify,
+    smoothed_predict,
+)
 
 __all__ = [
     "ABSTAINED",
     "Certificates",
+    "Clipped",
     "PatchClassifier",
     "SmoothingConfig",
     "certified_accuracy",

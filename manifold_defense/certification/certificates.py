@@ -28,6 +28,13 @@ def certified_accuracy(found: Certificates, y: Tensor, radii: Sequence[float]) -
     return torch.stack(shares) if shares else torch.empty(0, dtype=torch.float64)
 
 
-def from_margins(prediction: Tensor, radii: Tensor) -> Certificates:
-    """The least of the radii (N, K) towards each other class; infinite ones (its own) do not count."""
-    return Certificates(prediction, radii.amin(1).clamp(min=0).nan_to_num(0, posinf=torch.inf))
+def nearest_boundary(logits: Tensor, slopes: Tensor) -> Certificates:
+    """`min_j (Z_y − Z_j) / slopes[y, j]` for the predicted y of logits (N, K).
+
+    slopes (K, K) say how fast the difference of two logits can change with the distance.
+    """
+    prediction = logits.argmax(1)
+    margins = logits.gather(1, prediction.unsqueeze(1)) - logits
+    own = torch.arange(logits.shape[1], device=logits.device) == prediction.unsqueeze(1)
+    radii = margins / slopes[prediction].clamp(min=1e-300)
+    return Certificates(prediction, radii.masked_fill(own, torch.inf).amin(1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manifold_defense.certification.certificates import Certificates, from_margins
+from manifold_defense.certification.certificates import Certificates, nearest_boundary
 from manifold_defense.types import Ball
 
 _DUAL: dict[Ball, float] = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}
@@ -70,10 +70,5 @@ def _steepest_fall(slope: Tensor, lowest: Tensor, highest: Tensor, norm: Ball, e
 def linear_certificates(weight: Tensor, bias: Tensor, x: Tensor, *, norm: Ball = "l2") -> Certificates:
     """`min_j m_j / ‖w_y − w_j‖` in the dual norm: how far the boundary is, bounds of pixels left aside."""
     weight, bias, flat = weight.double(), bias.double(), x.flatten(1).double()
-    logits = flat @ weight.T + bias
-    prediction = logits.argmax(1)
     slopes = torch.linalg.vector_norm(weight[:, None] - weight[None], ord=_DUAL[norm], dim=2)
-    margins = logits.gather(1, prediction.unsqueeze(1)) - logits
-    own = torch.arange(len(weight), device=x.device) == prediction.unsqueeze(1)
-    radii = margins / slopes[prediction].clamp(min=1e-300)
-    return from_margins(prediction, radii.masked_fill(own, torch.inf))
+    return nearest_boundary(flat @ weight.T + bias, slopes)

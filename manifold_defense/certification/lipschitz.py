@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manifold_defense.certification.certificates import Certificates, from_margins
+from manifold_defense.certification.certificates import Certificates, nearest_boundary
 from manifold_defense.classifiers import ImageClassifier
 
 
@@ -20,13 +20,8 @@ def lipschitz_certificates(model: ImageClassifier, x: Tensor) -> Certificates:
     """
     constant = _of_features(model)
     weight = _double(model.head.weight)
-    logits = model(x).double()
-    prediction = logits.argmax(1)
     slopes = torch.linalg.vector_norm(weight[:, None] - weight[None], dim=2)
-    margins = logits.gather(1, prediction.unsqueeze(1)) - logits
-    own = torch.arange(len(weight), device=x.device) == prediction.unsqueeze(1)
-    radii = margins / (constant * slopes[prediction]).clamp(min=1e-300)
-    return from_margins(prediction, radii.masked_fill(own, torch.inf))
+    return nearest_boundary(model(x).double(), constant * slopes)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Randomized smoothing (Cohen, Rosenfeld & Kolter 2019): the majority vote under Gaussian noise, L2.
 
 Works on any classifier, behind a filter or not; what is certified is the vote, not the classifier. The
-noise is not clipped to [0, 1], for the proof needs a Gaussian; a model that takes no other images has to
-clip them itself, which makes clipping a part of what is voted on.
+noise is not clipped to [0, 1], for the proof needs a Gaussian; a model that takes no other images goes
+behind `Clipped`, which makes clipping a part of what is voted on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 from scipy.stats import binomtest, norm
-from torch import Tensor
+from torch import Tensor, nn
 
 from manifold_defense.attacks.objective import evaluation_mode
 from manifold_defense.certification.certificates import ABSTAINED, Certificates
@@ -42,6 +42,19 @@ class SmoothingConfig:
         for name in ("selection", "draws", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+class Clipped(nn.Module):
+    """A model, in eval mode, that is handed images in [0, 1] whatever noise makes of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x.clamp(0, 1))
+        return logits
 
 
 def smoothed_certify(model: Classifier, x: Tensor, config: SmoothingConfig, *, seed: int = 0) -> Certificates:

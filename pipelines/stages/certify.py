@@ -21,6 +21,7 @@ from manifold_defense.artifact import load_classifier
 from manifold_defense.attacks import pgd
 from manifold_defense.certification import (
     Certificates,
+    Clipped,
     certified_accuracy,
     fit_patches,
     interval_certificates,
@@ -72,7 +73,10 @@ def run(context: Context) -> dict[str, Any]:
     lines = []
     with context.progress(len(proofs) * len(x)) as advance:
         for i, proof in enumerate(proofs):
-            report = partial(_report, advance, i * len(x))
+
+            def report(done: int, before: int = i * len(x)) -> None:
+                advance(before + done)
+
             certificates = _certify(context, proof, x, store, report)
             found[proof.name] = certificates
             lines.append(_line(context, proof, certificates, x, y, radii[proof.norm]))
@@ -85,17 +89,6 @@ def run(context: Context) -> dict[str, Any]:
                 save_figure(figure, context.folder / f"certified-{norm}.png")
                 context.board.add_figure(f"certified accuracy: {norm}", figure, 0)
     return {"n": len(x), "lines": lines}
-
-
-class _Clip(nn.Module):
-    """Noisy images back into [0, 1], where a filter takes them; part of what is voted on."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.clamp(0, 1)
-
-
-def _report(advance: Callable[..., None], before: int, done: int) -> None:
-    advance(before + done)
 
 
 def _proofs(context: Context) -> Iterator[Proof]:
@@ -119,8 +112,8 @@ def _proofs(context: Context) -> Iterator[Proof]:
             if isinstance(classifier, Preprocessed):
                 continue
             filtered = "filter" if name == "undefended" else f"{name}+filter"
-            defended = nn.Sequential(_Clip(), DefendedClassifier(filter, classifier))
-            yield Proof(filtered, "smoothing", "l2", partial(smooth, defended.eval()), None)
+            defended = Clipped(DefendedClassifier(filter, classifier))
+            yield Proof(filtered, "smoothing", "l2", partial(smooth, defended), None)
     if "distance" in config.methods:
         bank = subset(context.data.train, min(config.bank, len(context.data.train.labels)))
         patches = fit_patches(

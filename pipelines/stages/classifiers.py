@@ -17,7 +17,7 @@ from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.filter import ManifoldFilter
 from manifold_defense.hardening import Clean, Objective
 from manifold_defense.hardening.training import TrainingConfig, classifier_state, train_classifier
-from manifold_defense.types import Ball, Classifier, Threat
+from manifold_defense.types import Classifier, Threat
 from pipelines.config import HardenConfig
 from pipelines.context import STATE, Context
 from pipelines.data import ImageData, data_digest, split, to_float
@@ -229,8 +229,7 @@ def _accuracy(
     hits = []
     for images, labels in zip(x.split(1000), y.split(1000), strict=True):
         if threat is not None:
-            norm: Ball = threat.norm  # type: ignore[assignment]  # objectives train for balls
-            images = pgd(model, images, labels, norm=norm, eps=threat.eps, steps=steps, seed=seed)
+            images = pgd(model, images, labels, norm=threat.norm, eps=threat.eps, steps=steps, seed=seed)
         with torch.no_grad():
             hits.append((model(images).argmax(1) == labels).float())
     return float(torch.cat(hits).mean())

@@ -35,6 +35,7 @@ from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
 from manifold_defense.evaluation.baselines import Binarise, BitDepth, Blur, Preprocess, Preprocessed
 from manifold_defense.hardening import IntervalBounds, Objective, Pgd
 from manifold_defense.hardening.training import TrainingConfig, classifier_state, train_classifier
+from manifold_defense.types import Ball
 
 
 def trained(fabric: Fabric, digits: Any, objective: Objective) -> ImageClassifier:
@@ -124,12 +125,13 @@ def fall(slope: Any, image: Any, norm: str, eps: float) -> float:
 def test_the_worst_margin_without_bounds_is_the_dual_norm(linear: Any) -> None:
     weight, bias, x, y = linear
     logits = x.flatten(1) @ weight.T + bias
-    for norm, dual in (("linf", 1), ("l2", 2), ("l1", float("inf"))):
+    duals: dict[Ball, float] = {"linf": 1, "l2": 2, "l1": float("inf")}
+    for norm, dual in duals.items():
         slopes = torch.linalg.vector_norm(weight[y].unsqueeze(1) - weight, ord=dual, dim=2)
         expected = logits.gather(1, y.unsqueeze(1)) - logits - 0.3 * slopes
         expected = expected.scatter(1, y.unsqueeze(1), torch.inf).amin(1)
         wide = (-1e9, 1e9)
-        found = linear_worst_margin(weight, bias, x, y, norm=norm, eps=0.3, bounds=wide)  # type: ignore[arg-type]
+        found = linear_worst_margin(weight, bias, x, y, norm=norm, eps=0.3, bounds=wide)
         torch.testing.assert_close(found, expected)
 
 
