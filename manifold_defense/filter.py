@@ -20,6 +20,7 @@ from manifold_defense.projection import (
     check_images,
     project,
     project_exactly,
+    project_softly,
     surroundings,
 )
 from manifold_defense.types import Projection, View
@@ -34,9 +35,9 @@ class ManifoldFilter(nn.Module):
     are frozen and kept in eval mode. The filter follows `.to(device)` like any module.
 
     Views: `exact` differentiates through every solver step. `implicit` and `gauss_newton` use the
-    optimality of z*, `tangent` the range's tangent space (see `attach_gradient`). `start` takes the
-    gradient of G(E(x)) alone, `identity` that of the identity; both are BPDA (Athalye, Carlini &
-    Wagner 2018).
+    optimality of z*, `tangent` the range's tangent space (see `attach_gradient`). `soft` takes the
+    gradient of a mixture of all restarts in place of the best (see `project_softly`), `start` that of
+    G(E(x)) alone, `identity` that of the identity; these are BPDA (Athalye, Carlini & Wagner 2018).
 
     Does not defend against perturbations along the manifold, nor repair what the classifier gets
     wrong on it; images that the generator cannot draw are damaged.
@@ -88,13 +89,16 @@ class ManifoldFilter(nn.Module):
         return other
 
     def views(self) -> tuple[View, ...]:
-        """The views that this filter has: all, without `start` if it starts from no encoder.
+        """The views that this filter has: all, without `start` if it starts from no encoder, or `soft`
+        if no restarts compete.
 
         Of an encoder alone the exact gradient is the start's, and nothing is left to approximate.
         """
-        if self.config.uses_encoder and not self.config.steps:
+        c = self.config
+        if c.uses_encoder and not c.steps and c.restarts == 1:
             return ("identity", "exact")
-        return tuple(view for view in VIEWS if view != "start" or self.config.uses_encoder)
+        lacking = {"start": not c.uses_encoder, "soft": c.restarts == 1}
+        return tuple(view for view in VIEWS if not lacking.get(view))
 
     def project(self, x: Tensor) -> Projection:
         """The whole result for images (N, C, H, W): latents, images, errors and steps; no gradient."""
@@ -118,6 +122,9 @@ class ManifoldFilter(nn.Module):
             surrogate = self.generator(self.encoder(x))
             imitation: Tensor = found.image + (surrogate - surrogate.detach())
             return imitation
+        if self.view == "soft":
+            mixture = project_softly(self.generator, x, self.config, **self._aids(x))  # type: ignore[arg-type]
+            return found.image + (mixture - mixture.detach())
         metric = self._aids(x)["metric"]
         return attach_gradient(self.generator, x, found.z, self.config, self.view, metric=metric)  # type: ignore[arg-type]
 

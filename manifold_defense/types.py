@@ -16,7 +16,7 @@ from torch import Tensor
 Norm = Literal["linf", "l2", "l1", "l0", "patch", "corruption"]
 Ball = Literal["linf", "l2", "l1"]  # the norms whose balls are convex
 # How the gradient of a projection is taken; "exact" is that of the deployed computation.
-View = Literal["exact", "implicit", "gauss_newton", "tangent", "start", "identity"]
+View = Literal["exact", "implicit", "gauss_newton", "tangent", "soft", "start", "identity"]
 
 Classifier = Callable[[Tensor], Tensor]  # images (N, C, H, W) in [0, 1] to logits (N, K)
 Encoder = Callable[[Tensor], Tensor]  # images (N, C, H, W) in [0, 1] to latents (N, D)

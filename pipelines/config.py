@@ -102,12 +102,14 @@ Baseline = Literal[Preprocessing, "nearest", "encoder"]
 class HardenConfig:
     """One variant of the classifier: how it is trained, starting from the clean one.
 
-    name       of its folder and of its rows
-    objective  what is made small, by `name` and with its own settings; see `manifold_defense.hardening`
-    start      an earlier variant to start from, in place of the clean classifier
-    teacher    an earlier variant that distillation asks
-    behind     filter: it is trained behind the filter, attacks going through the exact view; reconstructions:
-               on G(z*) of the training images, made once; or behind a preprocessing. There it stays
+    name          of its folder and of its rows
+    objective     what is made small, by `name` and with its own settings; see `manifold_defense.hardening`
+    start         an earlier variant to start from, in place of the clean classifier
+    architecture  of a network of its own, trained from scratch, in place of that of the clean classifier
+    teacher       an earlier variant that distillation asks
+    behind        filter: it is trained behind the filter, attacks going through the exact view;
+                  reconstructions: on G(z*) of the training images, made once; or behind a preprocessing.
+                  There it stays
     """
 
     __pydantic_config__: ClassVar = _STRICT
@@ -115,6 +117,7 @@ class HardenConfig:
     name: str = "hardened"
     objective: ObjectiveConfig = field(default_factory=Pgd)
     start: str = ""
+    architecture: ArchitectureConfig | None = None
     teacher: str = ""
     behind: Literal["", "filter", "reconstructions", Preprocessing] = ""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(images=60_000))
@@ -124,6 +127,8 @@ class HardenConfig:
             raise ValueError(f"name: expected letters, digits, dots, dashes, got {self.name!r}")
         if self.name in _TAKEN:
             raise ValueError(f"name: {self.name} is another row of the tables; choose a different one")
+        if self.start and self.architecture:
+            raise ValueError(f"architecture: a variant that starts from {self.start} has that of it")
         if self.teacher and not self.objective.takes_teacher:
             raise ValueError(f"teacher: objective {self.objective.name} asks none")
         if self.behind == "filter" and self.objective.name in _NOT_BEHIND_FILTER:
@@ -394,6 +399,8 @@ def to_toml(config: Any, table: str = "") -> str:
         name = f"{table}.{item.name}" if table else item.name
         if dataclasses.is_dataclass(value):
             tables.append(f"\n[{name}]\n{to_toml(value, name)}")
+        elif value is None:
+            continue
         elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
             tables += [f"\n[[{name}]]\n{to_toml(entry, name)}" for entry in value]
         else:

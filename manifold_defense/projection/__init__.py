@@ -1,7 +1,13 @@
 """Latent inversion: onto the generator's range, and its gradients."""
 
 from manifold_defense.projection.config import ProjectionConfig
-from manifold_defense.projection.descent import check_images, project, project_exactly, surroundings
+from manifold_defense.projection.descent import (
+    check_images,
+    project,
+    project_exactly,
+    project_softly,
+    surroundings,
+)
 from manifold_defense.projection.implicit import attach_gradient, stationarity
 from manifold_defense.projection.metric import Metric, mean_metric
 from manifold_defense.projection.presets import PRESETS, REFERENCE
@@ -19,6 +25,7 @@ __all__ = [
     "mean_metric",
     "project",
     "project_exactly",
+    "project_softly",
     "stationarity",
     "surroundings",
 ]

@@ -8,6 +8,7 @@ at a time, so that no more than one step's graph is alive.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +76,36 @@ def project_exactly(
             for part, start in _chunks(problem, x, encoder, bank)
         ]
     )
+
+
+def project_softly(
+    generator: Generator,
+    x: Tensor,
+    config: ProjectionConfig,
+    *,
+    encoder: Encoder | None = None,
+    bank: Bank | None = None,
+    metric: Metric | None = None,
+    temperature: float = 0.5,
+) -> Tensor:
+    """`Σ_r p_r G(z_r)` (N, C, H, W) over the restarts, `p = softmax(−loss / (temperature · least loss))`.
+
+    Stands in for `project_exactly` where an attack would rather know which restart is about to win:
+    differentiable in x through every step of all of them, at their price. None is dropped underway.
+    """
+    check_images(x, generator.image_shape)
+    bank, metric = surroundings(generator, x.detach(), config, bank, metric)
+    each = Problem(generator, replace(config, restarts=1, halve_every=0), metric)
+    parts = [x[:0]]
+    for part, start in _chunks(Problem(generator, config, metric), x, encoder, bank):
+        target = part.repeat_interleave(config.restarts, 0)
+        point = _Unrolled.apply(target, start.flatten(0, 1).unsqueeze(1), each)
+        loss = each.loss(point, target)[0].view(len(part), -1)
+        scale = temperature * loss.amin(1, keepdim=True).clamp(min=1e-12)
+        weights = (-loss / scale).softmax(1)
+        images = generator(each.latent(point)).view(len(part), config.restarts, *part.shape[1:])
+        parts.append(torch.einsum("nr,nrchw->nchw", weights, images))
+    return torch.cat(parts)
 
 
 def surroundings(

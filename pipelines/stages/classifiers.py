@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gan.optimisation import seeded
 from manifold_defense.artifact import load_classifier, save_classifier
 from manifold_defense.attacks import pgd
-from manifold_defense.classifiers import ImageClassifier
+from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
 from manifold_defense.filter import ManifoldFilter
 from manifold_defense.hardening import Clean, Objective
 from manifold_defense.hardening.training import TrainingConfig, classifier_state, train_classifier
@@ -37,14 +37,18 @@ def held_out(data: ImageData) -> tuple[ImageData, ImageData]:
 
 def train(context: Context) -> dict[str, Any]:
     """A classifier on clean images."""
-    config, data = context.config.classifier, context.data
+    config = context.config.classifier
+    return _train(context, _untrained(context, config.architecture), config.training, Clean())
+
+
+def _untrained(context: Context, architecture: ArchitectureConfig) -> ImageClassifier:
+    data = context.data
     mean, std = _channel_statistics(data.train.images)
 
     def build() -> ImageClassifier:
-        return ImageClassifier(data.image_shape, len(data.classes), config.architecture, mean, std)
+        return ImageClassifier(data.image_shape, len(data.classes), architecture, mean, std)
 
-    model = seeded(context.config.seed, build)
-    return _train(context, model, config.training, Clean())
+    return seeded(context.config.seed, build)
 
 
 def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,11 +142,11 @@ def _harden(own: Context, context: Context, variant: HardenConfig) -> dict[str, 
         folder = context.folder / name if name else context.inputs["train-classifier"]
         return load_classifier(folder).to(context.fabric.device)
 
+    architecture = variant.architecture
+    start = _untrained(context, architecture) if architecture else earlier(variant.start)
     filter = load_run_filter(context) if variant.needs_filter else None
     teacher = earlier(variant.teacher).requires_grad_(False) if variant.teacher else None
-    metrics = _train(
-        own, earlier(variant.start), variant.training, variant.objective, variant, filter, teacher
-    )
+    metrics = _train(own, start, variant.training, variant.objective, variant, filter, teacher)
 
     hardened = load_classifier(own.folder).requires_grad_(False).to(context.fabric.device)
     x, y = context.test_images(500)

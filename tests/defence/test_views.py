@@ -14,6 +14,7 @@ from manifold_defense.projection import (
     mean_metric,
     project,
     project_exactly,
+    project_softly,
     stationarity,
 )
 from manifold_defense.projection.implicit import Formula, conjugate_gradients
@@ -142,3 +143,27 @@ def test_stationarity_tells_an_unfinished_projection() -> None:
     assert (far[0] > 0.1).any()
     assert far[0].mean() > far[1].mean() > far[2].mean()
     assert (far[2] < 1e-5).all()
+
+
+SEVERAL = ProjectionConfig("gd", "prior", restarts=3, steps=4)
+
+
+def test_the_soft_mixture_of_restarts_against_finite_differences() -> None:
+    generator = Curved()
+    x = near(generator).requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda a: project_softly(generator, a, SEVERAL), (x,), atol=1e-6)
+
+
+def test_a_cold_mixture_is_the_winner_and_a_warm_one_sees_the_others() -> None:
+    generator, v = Curved(), images(3)
+    x = near(generator)
+    exact = product(lambda a: project_exactly(generator, a, SEVERAL), x, v)
+    cold = product(lambda a: project_softly(generator, a, SEVERAL, temperature=1e-4), x, v)
+    torch.testing.assert_close(cold, exact)
+    warm = product(lambda a: project_softly(generator, a, SEVERAL), x, v)
+    assert not torch.allclose(warm, exact, rtol=0.01)
+    alone = replace(SEVERAL, restarts=1)
+    torch.testing.assert_close(
+        product(lambda a: project_softly(generator, a, alone), x, v),
+        product(lambda a: project_exactly(generator, a, alone), x, v),
+    )

@@ -83,6 +83,11 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
         ("harden.name=a/b", "name: expected letters"),
         ('harden=[{name="a"}, {name="a"}]', "two variants are called a"),
         ('harden=[{name="a", start="b"}]', "harden.a.start: expected a variant before it"),
+        ("harden.architecture.name=vgg", "harden.0.architecture.name"),
+        (
+            'harden=[{name="a"}, {name="b", start="a", architecture={width=4}}]',
+            "starts from a has that of it",
+        ),
         ("harden.teacher=hardened", "teacher: objective pgd asks none"),
         (
             "harden={objective={name='interval_bounds'}, behind='filter'}",

@@ -46,6 +46,13 @@ objective = { name = "clean" }
 training = { images = 128 }
 
 [[harden]]
+name = "narrow"
+behind = "blur"
+architecture = { width = 4 }
+objective = { name = "clean" }
+training = { images = 640 }
+
+[[harden]]
 name = "drawn"
 behind = "reconstructions"
 objective = { name = "latent", steps = 1 }
@@ -85,13 +92,15 @@ def home(variants, tmp_path, monkeypatch):
 
 
 def test_every_variant_has_its_folder(home):
-    names = ("hardened", "through", "teacher", "student", "coarse", "drawn")
+    names = ("hardened", "through", "teacher", "student", "coarse", "narrow", "drawn")
     facts = json.loads((home / "harden" / "stage.json").read_text())
     assert tuple(facts["metrics"]["variants"]) == names
     assert set(facts["inputs"]) == {"train-classifier", "train-encoder"}
     assert "projection.steps" in facts["config"]  # one is trained behind the filter
     weights = [clean(home / "harden" / name) for name in names]
     assert not any(same(a, b) for i, a in enumerate(weights) for b in weights[:i])
+    widths = {name: load_classifier(home / "harden" / name).config.width for name in names}
+    assert {name for name, width in widths.items() if width == 4} == {"narrow"}
     assert not list((home / "harden").rglob("*.ckpt"))
     for metrics in facts["metrics"]["variants"].values():
         assert 0 <= metrics["pgd20_accuracy"] <= 1
@@ -157,7 +166,7 @@ def test_the_evaluation_attacks_each_and_certify_proves_each(home):
     defences = ["undefended", "filter"]
     for name in ("hardened", "through", "teacher", "student"):
         defences += [name, f"{name}+filter"]
-    defences += ["coarse", "drawn", "drawn+filter"]
+    defences += ["coarse", "narrow", "drawn", "drawn+filter"]
     assert list(dict.fromkeys(r["defence"] for r in rows)) == defences
     assert {r["view"] for r in rows if r["defence"] == "coarse"} >= {"unaware", "identity"}
     trained = {r["defence"] for r in rows if r["attack"] == "worst" and r["trained"]}
@@ -242,7 +251,7 @@ def test_a_variant_more_or_less_is_named(home, tmp_path):
     (tmp_path / "variants.toml").write_text(VARIANTS[:plain])
     fewer = invoke("harden", "--config", "variants.toml", *SMALL)
     assert fewer.exit_code == 1
-    assert re.search(r"harden\.5\.\S+ is no longer there", fewer.output)
+    assert re.search(r"harden\.6\.\S+ is no longer there", fewer.output)
     (tmp_path / "variants.toml").write_text(VARIANTS + '\n[[harden]]\nname = "more"\n')
     more = invoke("harden", "--config", "variants.toml", *SMALL)
-    assert "harden.6.name is new" in more.output
+    assert "harden.7.name is new" in more.output
