@@ -9,9 +9,11 @@ alone, PGD of `--approximate-steps` through the views that approximate, of `--st
 exact one, APGD of five times as many, Square, which needs no gradient; at the end each meets the images
 that broke the others. Every preset is set beside the first of them, image by image, by a sign test.
 Threats beyond a ball, such as `--threat patch:7`, meet the attacks that are for them.
-Views of a preset with several restarts are those of its first restart alone, which is one of the
-deployed ones: a step through all ten of the reference costs ten times as much. Baselines stand
-beside the filters. Every row is examined for masked gradients on `--checks` images, and says so.
+Views of a preset with several restarts are those of its first restart alone, which is one of the deployed
+ones: a step through all ten of the reference costs ten times as much. With `--beside FILE` each is set
+beside the presets of an earlier run's JSON as well, of the same images: the reference can be afforded
+weaker attacks alone, which flatter it. Baselines stand beside the filters. Every row is examined for masked
+gradients on `--checks` images, and says so.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import click
+import torch
 from torch import nn
 
 from manifold_defense import (
@@ -35,6 +38,7 @@ from manifold_defense import (
 )
 from manifold_defense.evaluation import AttackConfig, Defence, Evaluation, evaluate, in_batches
 from manifold_defense.evaluation.baselines import Binarise, Blur, Jpeg, Preprocessed
+from manifold_defense.evaluation.statistics import paired as sign_test
 from manifold_defense.evaluation.suite import ViewName
 from manifold_defense.types import Norm
 from pipelines.config import load_config
@@ -100,6 +104,23 @@ def line(evaluation: Evaluation, defence: str, threat: Threat) -> dict[str, Any]
     }
 
 
+def set_beside(cell: dict[str, Any], earlier: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A cell and those of an earlier run for the same classifier and threat, by the sign test.
+
+    Of runs of different length, on the images of the shorter one.
+    """
+    keys = ("classifier", "norm", "eps")
+    found = []
+    for other in earlier:
+        if any(cell[key] != other[key] for key in keys) or other["preset"] not in PRESETS:
+            continue
+        common = min(len(row["alive"]) for row in (other, cell))  # the first images are the same
+        alive = [torch.tensor(row["alive"][:common]).float() for row in (other, cell)]
+        names = {"before": other["preset"], "after": cell["preset"]}
+        found.append({**{key: cell[key] for key in keys}, **names, **sign_test(*alive)._asdict()})
+    return found
+
+
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--filter", "folder", type=click.Path(path_type=Path), required=True)
 @click.option("--classifier", "classifiers", multiple=True, required=True, metavar="NAME=FOLDER")
@@ -116,6 +137,7 @@ def line(evaluation: Evaluation, defence: str, threat: Threat) -> dict[str, Any]
 @click.option("--queries", default=300, type=click.IntRange(min=1), help="Of Square, without gradients.")
 @click.option("--checks", default=30, type=click.IntRange(min=0), help="Images, 0: none.")
 @click.option("--batch", default=100, type=click.IntRange(min=1))
+@click.option("--beside", type=click.Path(exists=True, path_type=Path), help="JSON of an earlier run.")
 @click.option("--json", "output", type=click.Path(path_type=Path))
 def main(
     folder: Path,
@@ -131,9 +153,11 @@ def main(
     queries: int,
     checks: int,
     batch: int,
+    beside: Path | None,
     output: Path | None,
 ) -> None:
     filter = load_filter(folder)
+    earlier = json.loads(beside.read_text(encoding="utf-8"))["rows"] if beside else []
     test = load_data(load_config(None, [f"data.name={data}", *changes]).data).test
     test = subset(test, min(images, len(test.labels)))
     x, y = to_float(test.images), test.labels
@@ -164,11 +188,17 @@ def main(
                 interval = f"[{cell['ci_low']:.1%}, {cell['ci_high']:.1%}]"
                 mark = "  masked: not a robustness figure" if cell["masked"] else ""
                 click.echo(f"  {defence.name:12} {cell['robust_accuracy']:6.1%}  {interval}  {after}{mark}")
-            for other in presets[1:]:
-                for found in evaluation.comparisons(presets[0], other):
-                    paired.append({"classifier": label, **found})
-                    figures = f"{found['gained']} gained, {found['lost']} lost, p {found['p']:.2g}"
-                    click.echo(f"  {other} beside {presets[0]}: {figures}")
+            comparisons = [
+                {"classifier": label, **found}
+                for other in presets[1:]
+                for found in evaluation.comparisons(presets[0], other)
+            ]
+            for cell in table[-len(presets) :]:
+                comparisons += set_beside(cell, earlier)
+            for found in comparisons:
+                figures = f"{found['gained']} gained, {found['lost']} lost, p {found['p']:.2g}"
+                click.echo(f"  {found['after']} beside {found['before']}: {figures}")
+            paired += comparisons
             if output is not None:
                 facts = {
                     "images": len(x),

@@ -39,8 +39,11 @@ def save_filter(filter: ManifoldFilter, folder: str | Path) -> None:
 def load_filter(folder: str | Path) -> ManifoldFilter:
     """The filter of a folder written by `save_filter` or by `manifold-defense export`, on the CPU.
 
-    Raises ArtifactError (a ValueError) that names the file if anything is missing or damaged.
+    The networks that `save_gan` or a training stage left make one with the default projection. Raises
+    ArtifactError (a ValueError) that names the file if anything is missing or damaged.
     """
+    if not (Path(folder) / FILTER).is_file() and (Path(folder) / GAN).is_file():
+        return ManifoldFilter(*load_gan(folder))
     path = _locate(Path(folder), FILTER, "filter")
     facts, weights = _load(path, FILTER)
     generator, encoder = _networks(path / FILTER, facts, weights)

@@ -104,6 +104,10 @@ def test_a_gan_comes_back(tmp_path: Path, encoder: bool) -> None:
     assert (inverse is None) == (not encoder)
     if inverse is not None:
         assert torch.equal(inverse(x), filter.encoder(x))
+    start = "encoder" if encoder else "prior"
+    loaded = load_filter(tmp_path)  # with the default projection
+    assert loaded.config == ProjectionConfig(start=start)
+    assert torch.equal(loaded(x), filter.configured(ProjectionConfig(start=start))(x))
 
 
 def test_an_encoder_of_another_width_comes_back(tmp_path: Path) -> None:
