@@ -131,7 +131,7 @@ def main(
 
     peak = gemm_flops_per_second(device)
     flops = forward_flops(filter.generator, device)
-    share = gradient_flops_per_second(filter.generator, device, filter.config.chunk) / peak
+    share = gradient_flops_per_second(filter.generator, device, filter.config.chunk_on(device.type)) / peak
     medians = {name: statistics.median(values) for name, values in times.items()}
     presets = {}
     for name, candidate in filters.items():

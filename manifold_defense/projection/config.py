@@ -38,6 +38,7 @@ class ProjectionConfig:
     target_error  an image stops once its mean squared error is as low; 0 never
     tolerance     a restart stops once its gradient is as short, in the solver's coordinates; 0 never
     chunk         latents optimised at a time, images times restarts; bounds memory, not the result
+                  (0: 256 on a CPU, whose caches hold no more of them, 2048 elsewhere)
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
@@ -60,7 +61,7 @@ class ProjectionConfig:
     halve_every: int = 0
     target_error: float = 0.0
     tolerance: float = 0.0
-    chunk: int = 512
+    chunk: int = 0
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -74,7 +75,7 @@ class ProjectionConfig:
             ("bank", 1),
             ("seed", 0),
             ("halve_every", 0),
-            ("chunk", 1),
+            ("chunk", 0),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
@@ -86,6 +87,10 @@ class ProjectionConfig:
             raise ValueError(f"momentum: expected in [0, 1), got {self.momentum}")
         if self.loss == "huber" and self.radius == 0:
             raise ValueError("radius: expected above 0 for the huber loss, got 0")
+
+    def chunk_on(self, device: str) -> int:
+        """Latents optimised at a time on a device of this type: `x.device.type`."""
+        return self.chunk or (256 if device == "cpu" else 2048)
 
     @property
     def uses_encoder(self) -> bool:

@@ -163,7 +163,7 @@ def _chunks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images (n, C, H, W) and the points to start from (n, R, D), so many at a time as fit a chunk."""
     config = problem.config
-    for part in x.split(max(1, config.chunk // config.restarts)):
+    for part in x.split(max(1, config.chunk_on(x.device.type) // config.restarts)):
         yield part, problem.point(starts(part, problem.generator.latent_dim, config, encoder, bank))
 
 
