@@ -6,8 +6,8 @@
 
 Attacks run from cheap to dear, and only images that survived go on: PGD that knows the classifier
 alone, PGD of `--approximate-steps` through the views that approximate, of `--steps` through the
-exact one, APGD of five times as many, Square, which needs no gradient; at the end each meets the images
-that broke the others. Every preset is set beside the first of them, image by image, by a sign test.
+exact one, APGD of five times as many, PGD from ten times as many windows as `--restarts`, Square, which
+needs no gradient; at the end each meets the images that broke the others. Every preset is set beside the first of them, image by image, by a sign test.
 Threats beyond a ball, such as `--threat patch:7`, meet the attacks that are for them.
 Views of a preset with several restarts are those of its first restart alone, which is one of the deployed
 ones: a step through all ten of the reference costs ten times as much. With `--beside FILE` each is set
@@ -73,6 +73,7 @@ def make_attacks(steps: int, approximate_steps: int, restarts: int, queries: int
         AttackConfig("pgd", approximate_steps, restarts, "margin", views=KINDS["approximate"]),
         AttackConfig("pgd", steps, restarts, "both" if restarts > 1 else "ce", views=("unaware", "exact")),
         AttackConfig("apgd", 5 * steps, views=("exact",)),
+        AttackConfig("window_pgd", steps, 10 * restarts, views=("unaware", "exact")),
         AttackConfig("pgd_l0", steps, restarts, views=("unaware", "exact")),
         AttackConfig("patch", approximate_steps, restarts, views=("unaware", "exact")),
         AttackConfig("square", steps=queries),

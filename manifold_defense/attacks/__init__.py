@@ -24,6 +24,7 @@ from manifold_defense.attacks.patch import patch
 from manifold_defense.attacks.pgd import fgsm, pgd
 from manifold_defense.attacks.sparse import pgd_l0, sparse_rs
 from manifold_defense.attacks.square import square
+from manifold_defense.attacks.window import window_pgd
 
 __all__ = [
     "CORRUPTIONS",
@@ -54,4 +55,5 @@ __all__ = [
     "range_attack",
     "sparse_rs",
     "square",
+    "window_pgd",
 ]

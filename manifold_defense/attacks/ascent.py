@@ -15,7 +15,7 @@ def ascend(
     model: Classifier,
     x: Tensor,
     y: Tensor,
-    start: Callable[[], Tensor],
+    start: Callable[[Tensor], Tensor],
     move: Callable[[Tensor, Tensor, Tensor, float], Tensor],
     *,
     steps: int,
@@ -26,7 +26,7 @@ def ascend(
 ) -> Tensor:
     """From images (N, C, H, W) with labels y (N,), the iterate of the highest margin, the clean one included.
 
-    `start()` gives the images (N, C, H, W) where a restart begins. `move(clean, at, gradient, left)`
+    `start(rows)` gives the images (M, C, H, W) where a restart begins for these rows. `move(clean, at, gradient, left)`
     gives the next ones of those (M, C, H, W) that are still climbing, inside the threat; `left` falls
     linearly from 1 to 0 over the steps. `loss` `both` climbs `ce` and `margin` by turns, a restart each.
     With `stop_early` an image leaves the batch once it clearly fools the model.
@@ -43,8 +43,9 @@ def ascend(
         # Just over the boundary, another batch's rounding could bring the image back.
         found = clearly(best_margin, logits) & stop_early
         for restart in range(restarts):
-            current = start()
             active = (~found).nonzero().squeeze(1)
+            current = x.clone()
+            current[active] = start(active)
             for step in range(steps + 1):
                 if len(active) == 0:
                     break

@@ -45,9 +45,9 @@ def pgd(
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()
 
-    def start() -> Tensor:
+    def start(rows: Tensor) -> Tensor:
         delta = shape.sample(x, eps, rng) if random_start else torch.zeros_like(x)
-        return (x + shape.project(delta, eps)).clamp(*bounds)
+        return (x + shape.project(delta, eps)).clamp(*bounds)[rows]
 
     def move(clean: Tensor, at: Tensor, gradient: Tensor, left: float) -> Tensor:
         return shape.step(clean, at, gradient, longest * left, eps, bounds)

@@ -44,10 +44,10 @@ def pgd_l0(
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()
 
-    def start() -> Tensor:
+    def start(rows: Tensor) -> Tensor:
         places = torch.rand(len(x), *x.shape[2:], generator=rng).to(x)
         values = torch.rand(x.shape, generator=rng).to(x)
-        return torch.where(_first(places, count), values, x)
+        return torch.where(_first(places, count), values, x)[rows]
 
     def move(clean: Tensor, at: Tensor, gradient: Tensor, left: float) -> Tensor:
         largest = gradient.abs().amax((1, 2, 3), keepdim=True)

@@ -21,6 +21,7 @@ AttackName = Literal[
     "mi_fgsm",
     "pgd",
     "apgd",
+    "window_pgd",
     "cw",
     "ddn",
     "fmn",
@@ -110,6 +111,7 @@ SPECS: dict[str, Spec] = {
     "mi_fgsm": Spec(attacks.mi_fgsm, _BOTH, losses=_LOSSES),
     "pgd": Spec(attacks.pgd, _BALLS, restarts="restarts", losses=(*_LOSSES, "both")),
     "apgd": Spec(attacks.apgd, _BALLS, restarts="restarts", losses=_LOSSES, targets="target_classes"),
+    "window_pgd": Spec(attacks.window_pgd, _BALLS, restarts="restarts", losses=("both", "ce", "margin")),
     # An image at the boundary of its own model fools no other: ten logits past it.
     "cw": Spec(attacks.cw, ("l2",), restarts="searches", pressing={**_PRESSING, "confidence": 10.0}),
     # The nearest image is what these are for: they cannot press on.
