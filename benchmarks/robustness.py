@@ -4,11 +4,12 @@
         --classifier plain=zoo/mnist/undefended --classifier hardened=zoo/mnist/classifier-pgd \\
         --data mnist --set data.root=PATH --images 200 --json robustness.json
 
-Attacks run from cheap to dear, and only images that survived go on: PGD that knows the classifier
-alone, PGD of `--approximate-steps` through the views that approximate, of `--steps` through the
-exact one, APGD of five times as many, PGD from ten times as many windows as `--restarts`, Square, which
-needs no gradient; at the end each meets the images that broke the others. Every preset is set beside the first of them, image by image, by a sign test.
-Threats beyond a ball, such as `--threat patch:7`, meet the attacks that are for them.
+Attacks run from cheap to dear, and only images that survived go on: PGD that knows the classifier alone,
+PGD of `--approximate-steps` through the views that approximate, of `--steps` through the exact one, APGD of
+five times as many, PGD from ten times as many windows as `--restarts`, Square, which needs no gradient; at
+the end each meets the images that broke the others. Every preset is set beside the first of them, image by
+image, by a sign test. Threats beyond a ball, such as `--threat patch:7`, meet the attacks that are for
+them.
 Views of a preset with several restarts are those of its first restart alone, which is one of the deployed
 ones: a step through all ten of the reference costs ten times as much. With `--beside FILE` each is set
 beside the presets of an earlier run's JSON as well, of the same images: the reference can be afforded

@@ -235,19 +235,20 @@ def markdown_detection(detection: Rows) -> str:
 
 
 def markdown_checks(checks: Rows) -> str:
-    """Every check of every defence, by its figure; a failed one in bold."""
+    """Every check of every defence and threat, by its figure; a failed one in bold."""
     names = list(dict.fromkeys(c["name"] for c in checks))
-    by_key = {(c["defence"], c["name"]): c for c in checks}
+    by_key = {(c["defence"], c["norm"], c["eps"], c["name"]): c for c in checks}
     lines = []
-    for defence in dict.fromkeys(c["defence"] for c in checks):
-        found = [by_key.get((defence, name)) for name in names]
+    for defence, norm, eps in dict.fromkeys((c["defence"], c["norm"], c["eps"]) for c in checks):
+        found = [by_key.get((defence, norm, eps, name)) for name in names]
         lines.append(
             [
                 defence,
+                _threat(norm, eps) if norm else "any",
                 *(
                     "–" if c is None else f"{c['figure']:.2g}" if c["passed"] else f"**{c['figure']:.2g}**"
                     for c in found
                 ),
             ]
         )
-    return markdown_table(("defence", *names), lines)
+    return markdown_table(("defence", "threat", *names), lines)

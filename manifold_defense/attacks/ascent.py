@@ -26,10 +26,10 @@ def ascend(
 ) -> Tensor:
     """From images (N, C, H, W) with labels y (N,), the iterate of the highest margin, the clean one included.
 
-    `start(rows)` gives the images (M, C, H, W) where a restart begins for these rows. `move(clean, at, gradient, left)`
-    gives the next ones of those (M, C, H, W) that are still climbing, inside the threat; `left` falls
-    linearly from 1 to 0 over the steps. `loss` `both` climbs `ce` and `margin` by turns, a restart each.
-    With `stop_early` an image leaves the batch once it clearly fools the model.
+    `start(rows)` gives the images (M, C, H, W) where a restart begins for these rows, and
+    `move(clean, at, gradient, left)` the next ones of those that are still climbing, inside the threat;
+    `left` falls linearly from 1 to 0 over the steps. `loss` `both` climbs `ce` and `margin` by turns, a
+    restart each. With `stop_early` an image leaves the batch once it clearly fools the model.
     """
     if steps < 1 or restarts < 1:
         raise ValueError(f"expected steps ≥ 1, restarts ≥ 1, got {steps}, {restarts}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from manifold_defense.attacks.norms import sizes
 from manifold_defense.attacks.objective import correct, evaluation_mode
-from manifold_defense.evaluation.checks import Check, examine
+from manifold_defense.evaluation.checks import CHECKS, OF_THREAT, Check, examine
 from manifold_defense.evaluation.meter import COSTS, Meter
 from manifold_defense.evaluation.statistics import paired, wilson
 from manifold_defense.evaluation.suite import NO_GRADIENT, AttackConfig, Defence, Job, jobs
@@ -266,15 +267,16 @@ def evaluate(
     Cheap attacks come before dear ones, so that in mode `standard` few images are left for the
     latter. Then every defence meets the images that broke the others. At the end each is examined
     for masked gradients on the first `checks` images, and for a stronger attack on as many of those that
-    were left (0: none is), under the first threat; the rows of one that fails are marked. Names of
-    defences must differ.
+    were left (0: none is), under every L∞ and L2 threat; the rows of a threat under which it fails are
+    marked, and those of threats that have no checks. Names of defences must differ.
     """
     names = [defence.name for defence in defences]
     if len(set(names)) < len(names):
         raise ValueError(f"defences: expected different names, got {', '.join(names)}")
     compute = compute or in_batches(max(len(x), 1))
     todo, pairs = list(jobs(defences, attacks, threats)), _transfers(defences, threats)
-    examined = defences if checks and len(x) else ()
+    balls = [threat for threat in threats if threat.norm in ("linf", "l2")] or [threats[0]]
+    examined = list(product(defences, balls)) if checks and len(x) else []
     ledger, outcomes = _Ledger(mode), list[tuple[Job, Outcome]]()
     total = len(todo) + len(pairs) + len(examined)
 
@@ -310,23 +312,40 @@ def evaluate(
         meet(job, torch.tensor(list(pool), dtype=torch.long), tried)
 
     found: list[Check] = []
-    for done, defence in enumerate(examined, 1):
-        score = ledger.worst.get((defence.name, threats[0]), ledger.clean[defence.name])
+    for done, (defence, threat) in enumerate(examined, 1):
+        score = ledger.worst.get((defence.name, threat), ledger.clean[defence.name])
         at = (score == 1).nonzero()[:checks, 0]
-        left = (x[at], y[at])
-        share = float(score.mean())
-        found += examine(defence, threats[0], x[:checks], y[:checks], left=left, left_share=share, seed=seed)
+        found += examine(
+            defence,
+            threat,
+            x[:checks],
+            y[:checks],
+            left=(x[at], y[at]),
+            left_share=float(score.mean()),
+            seed=seed,
+            checks=CHECKS if threat is balls[0] else OF_THREAT,
+        )
         on_progress(len(outcomes) + done, total)
-    masked = {check.defence for check in found if not check.passed}
     rows = [*ledger.rows, *_worst_rows(defences, ledger.worst)]
     return Evaluation(
         mode,
         len(x),
         outcomes,
-        [replace(r, masked=r.defence in masked) for r in rows],
+        [replace(r, masked=_masked(r, found)) for r in rows],
         found,
         ledger.worst,
         {key: torch.stack(list(images.values())) for key, images in ledger.broken.items() if images},
+    )
+
+
+def _masked(row: Row, checks: Sequence[Check]) -> bool:
+    """Whether a failed check speaks of this row: one of the model, of its threat, or any if it has none."""
+    own = [check for check in checks if check.defence == row.defence]
+    examined = any((check.norm, check.eps) == (row.norm, row.eps) for check in own)
+    return any(
+        check.norm is None or not examined or (check.norm, check.eps) == (row.norm, row.eps)
+        for check in own
+        if not check.passed
     )
 
 

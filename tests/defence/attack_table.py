@@ -33,6 +33,7 @@ from manifold_defense.attacks import (
     range_attack,
     sparse_rs,
     square,
+    window_pgd,
 )
 from manifold_defense.attacks.norms import sizes
 from manifold_defense.attacks.objective import evaluation_mode
@@ -103,6 +104,9 @@ ATTACKS: dict[str, partial[Tensor]] = {
     "square-l2": partial(square, norm="l2", eps=1.2, steps=50, restarts=2),
     "hop-skip-jump-l2": partial(hop_skip_jump, **L2, queries=400, draws=40),
     "hop-skip-jump-linf": partial(hop_skip_jump, norm="linf", eps=0.15, queries=400, draws=40),
+    "window-l2": partial(window_pgd, norm="l2", eps=1.2, steps=5, restarts=2, tries=3),
+    "window-linf": partial(window_pgd, norm="linf", eps=0.2, steps=3, restarts=1, tries=2, loss="ce"),
+    "window-l1": partial(window_pgd, norm="l1", eps=4.0, steps=15, restarts=2, tries=3, stop_early=False),
     "pgd-l0": partial(pgd_l0, norm="l0", eps=4, steps=5),
     "sparse-rs": partial(sparse_rs, norm="l0", eps=4, steps=40),
     "patch": partial(patch, norm="patch", eps=3, steps=5, locations=4),
@@ -124,9 +128,21 @@ SEEDED = [
     name
     for name in ATTACKS
     if name.startswith(
-        ("noise", "features", "apgd-l", "apgd-t", "range", "square", "hop-skip-jump", "sparse-rs", "patch")
+        (
+            "noise",
+            "features",
+            "window",
+            "apgd-l",
+            "apgd-t",
+            "range",
+            "square",
+            "hop-skip-jump",
+            "sparse-rs",
+            "patch",
+        )
     )
     or name in ("corruption", "detector-l2", "fgsm-random", "mi-fgsm-diverse")
+    or "window" in name
     or ("pgd" in name and "from-x" not in name)
 ]
 every_attack = pytest.mark.parametrize("name", ATTACKS)
