@@ -230,6 +230,7 @@ class EvaluateConfig:
         AttackConfig("pgd", steps=20, restarts=2, loss="both", views=_PGD_VIEWS),
         AttackConfig("apgd", steps=100, views=("exact",)),
         AttackConfig("apgd", steps=40, loss="margin", views=("exact",)),
+        AttackConfig("window_pgd", steps=20, restarts=4, views=("exact",)),
         AttackConfig("fmn", steps=30, views=("exact",)),
         AttackConfig("range", steps=20),
         AttackConfig("detector_aware", steps=20, views=("exact",)),
