@@ -23,7 +23,7 @@ class Flat(nn.Module):
 
 
 def test_a_flat_place_is_left_by_windows_alone() -> None:
-    """Within L2 0.8 two pixels may turn white: 8 · 2 · 0.08 is more than 1. Spread out, none changes by 0.4."""
+    """Within L2 0.8 two pixels may turn white: 8 · 2 · 0.08 is above 1. Spread out, no pixel gets so far."""
     y, ball = ONES, {"norm": "l2", "eps": 0.8}
     for spread in (pgd, apgd):
         assert (Flat()(spread(Flat(), GREY, y, steps=40, restarts=5, **ball)).argmax(1) == y).all()
