@@ -6,8 +6,8 @@
 Every objective starts from the same clean classifier and may spend the processor time that plain PGD
 training takes for `--images` images: how many images that makes is measured first, on one batch, the
 objectives by turns. Each is trained with `--seeds` seeds, and attacked on `--test-images` test images:
-PGD and APGD in pixels, latents around E(x), and overpowered pairs, of which the share that is found
-counts. Figures are means over the seeds, with the least and the most.
+PGD (from windows, too) and APGD in pixels, latents around E(x), and overpowered pairs, of which the
+share that is found counts. Figures are means over the seeds, with the least and the most.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gan.sampling import batch_indices, step_rng
 from manifold_defense import ManifoldFilter, load_classifier, load_filter
-from manifold_defense.attacks import apgd, latent_attack, overpowered_pairs, pgd
+from manifold_defense.attacks import apgd, latent_attack, overpowered_pairs, pgd, window_pgd
 from manifold_defense.attacks.objective import correct
 from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.hardening import Clean, Dual, Latent, Objective, Pgd, RobustManifold
@@ -104,6 +104,7 @@ def measure(
         alive &= left(pgd(model, x, y, steps=40, restarts=2, loss="both", **ball))
         alive &= left(apgd(model, x, y, steps=100, **ball))
         alive &= left(apgd(model, x, y, steps=50, loss="margin", **ball))
+        alive &= left(window_pgd(model, x, y, steps=20, restarts=5, **ball))
         found[name] = float(alive.double().mean())
     with torch.no_grad():
         z = encoder(x)
