@@ -595,6 +595,28 @@ def test_a_masked_defence_is_marked_without_being_asked(classifier: nn.Module) -
     assert worst["detached"].robust_accuracy == worst["honest"].robust_accuracy  # by the honest one's images
 
 
+def test_what_is_masked_under_one_threat_is_marked_there() -> None:
+    """Two white pixels fool it; spread out, the same length in L2 is next to nothing, as all of L∞ 0.1 is."""
+
+    class Flat(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen = nn.functional.leaky_relu((x - 0.5).abs() - 0.42, 0.001).flatten(1).sum(1)
+            return torch.stack([10 * seen, torch.ones_like(seen)], 1)
+
+    x = 0.5 + (torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.5) / 10
+    y = torch.ones(20, dtype=torch.long)
+    far, patch = Threat("l2", 0.8), Threat("patch", 1)
+    attacks = [AttackConfig("pgd", steps=10), AttackConfig("patch", steps=2)]
+    found = evaluate([Defence.bare("flat", Flat())], attacks, [LINF, far, patch], x, y, checks=20)
+    assert {(c.name, c.norm) for c in found.checks if not c.passed} >= {("convergence", "l2")}
+    assert all(c.passed for c in found.checks if c.norm != "l2")
+    assert all(c.norm in (None, "linf", "l2") for c in found.checks)
+    worst = {r.norm: r for r in found.rows if r.attack == "worst"}
+    assert worst["l2"].robust_accuracy == worst["linf"].robust_accuracy == 1
+    # A patch has no checks of its own, and a union is as good as its worst.
+    assert {norm for norm, r in worst.items() if r.masked} == {"l2", "patch", "union"}
+
+
 def test_an_attack_on_a_model_that_draws_presses_on() -> None:
     """One lucky draw is not the end."""
     seen: list[bool] = []
