@@ -44,6 +44,8 @@ def ascend(
         found = clearly(best_margin, logits) & stop_early
         for restart in range(restarts):
             active = (~found).nonzero().squeeze(1)
+            if len(active) == 0:
+                break
             current = x.clone()
             current[active] = start(active)
             for step in range(steps + 1):
