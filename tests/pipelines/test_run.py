@@ -99,11 +99,18 @@ def test_checks_are_kept_and_failures_stand_above_the_table(finished):
     metrics = json.loads((finished / "runs/digits/evaluate/stage.json").read_text())["metrics"]
     failed = [check for check in metrics["checks"] if not check["passed"]]
     assert len(failed) == len(metrics["warnings"])
-    masked = {check["defence"] for check in failed}
-    assert {r["defence"] for r in metrics["rows"] if r["masked"]} == masked
+    # Of the model, or of the threat alone under which they were found; a union is of any.
+    found = {(check["defence"], check["norm"], check["eps"]) for check in failed}
+    for r in metrics["rows"]:
+        of_model, of_threat = (r["defence"], None, 0.0), (r["defence"], r["norm"], r["eps"])
+        speaks = {line for line in found if line[0] == r["defence"]}
+        expected = bool(speaks if r["norm"] == "union" else speaks & {of_model, of_threat})
+        assert r["masked"] == expected, r
+    assert {(c["norm"], c["eps"]) for c in metrics["checks"]} == {(None, 0.0), ("linf", 0.15), ("l2", 1.0)}
     report = (finished / "runs" / "digits" / "report" / "report.md").read_text()
     for check in failed:
-        assert f"**Not a robustness figure:** {check['defence']}: {check['words']}" in report
+        under = f" at {check['norm']} {check['eps']:g}" if check["norm"] else ""
+        assert f"**Not a robustness figure:** {check['defence']}{under}: {check['words']}" in report
 
 
 def test_the_terminal_and_the_report_quote_the_worst(finished):
