@@ -61,7 +61,7 @@ _ALL = (
     ),
     Stage(
         "evaluate",
-        5,
+        6,
         "every attack on every defence, worst per image",
         ("seed", "data", "projection", "harden", "evaluate"),
         lambda config: () if config.evaluate.classifier else ("train-encoder", "train-classifier", "harden"),
@@ -76,7 +76,7 @@ _ALL = (
         certify.run,
     ),
     Stage(
-        "report", 2, "tables and pictures", (), lambda config: ("project", "evaluate", "certify"), report.run
+        "report", 3, "tables and pictures", (), lambda config: ("project", "evaluate", "certify"), report.run
     ),
     Stage(
         "export",
