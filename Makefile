@@ -10,8 +10,9 @@ install: .venv/.installed  ## make .venv and install the project with its dev ex
 run: install  ## the whole pipeline on the digits images
 	.venv/bin/manifold-defense run
 
-test: install  ## the tests
-	.venv/bin/python -m pytest
+# Each worker computes on one thread (tests/conftest.py); a whole run is a fixture that each makes for itself.
+test: install  ## the tests, on every core
+	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: install  ## ruff and mypy
 	.venv/bin/ruff check .

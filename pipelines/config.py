@@ -11,7 +11,7 @@ import string
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cache, reduce
 from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
@@ -354,9 +354,15 @@ def _apply(values: dict[str, Any], setting: str) -> None:
         values[last] = text
 
 
+@cache
+def _schema() -> TypeAdapter[Config]:
+    """Built when first asked for: it takes longer than all that it then validates."""
+    return TypeAdapter(Config)
+
+
 def _validate(values: dict[str, Any], source: str) -> Config:
     try:
-        return TypeAdapter(Config).validate_python(values)
+        return _schema().validate_python(values)
     except ValidationError as error:
         # All problems of a file at once would be several lines; the first one is where to begin.
         raise ConfigError(f"{source}: {_explain(error.errors()[0])}") from None
