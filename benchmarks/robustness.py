@@ -11,16 +11,18 @@ the end each meets the images that broke the others. Every preset is set beside 
 image, by a sign test. Threats beyond a ball, such as `--threat patch:7`, meet the attacks that are for
 them.
 Views of a preset with several restarts are those of its first restart alone, which is one of the deployed
-ones: a step through all ten of the reference costs ten times as much. With `--beside FILE` each is set
-beside the presets of an earlier run's JSON as well, of the same images: the reference can be afforded
-weaker attacks alone, which flatter it. Baselines stand beside the filters. Every row is examined for masked
-gradients on `--checks` images, and says so.
+ones: a step through all ten of the reference costs ten times as much. `--proxy reference=accurate` attacks
+the one through the classifier alone, the exact gradient of the other, and what broke the rest: weaker
+attacks, which flatter it, but such that can be afforded. With `--beside FILE` each preset is set beside those
+of an earlier run's JSON as well, of the same images. Baselines stand beside the filters. Every row is
+examined for masked gradients on `--checks` images, and says so.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -40,7 +42,7 @@ from manifold_defense import (
 from manifold_defense.evaluation import AttackConfig, Defence, Evaluation, evaluate, in_batches
 from manifold_defense.evaluation.baselines import Binarise, Blur, Jpeg, Preprocessed
 from manifold_defense.evaluation.statistics import paired as sign_test
-from manifold_defense.evaluation.suite import ViewName
+from manifold_defense.evaluation.suite import ORDER, ViewName
 from manifold_defense.types import Norm
 from pipelines.config import load_config
 from pipelines.data import load_data, subset, to_float
@@ -56,31 +58,37 @@ KINDS: dict[str, tuple[ViewName, ...]] = {
 }
 
 
-def make_defences(model: nn.Module, filter: ManifoldFilter, presets: tuple[str, ...]) -> list[Defence]:
-    """The classifier bare, behind the baselines, and behind the filter with each preset."""
+def make_defences(
+    model: nn.Module, filter: ManifoldFilter, presets: tuple[str, ...], proxies: Mapping[str, str]
+) -> list[Defence]:
+    """The classifier bare, behind the baselines, and behind the filter with each preset.
+
+    A preset that has a proxy is attacked through the classifier alone and the exact view of that one.
+    """
     defences = [Defence.bare("none", model)]
     defences += [Defence.preprocessed(name, Preprocessed(made(), model)) for name, made in BASELINES.items()]
     for name in presets:
         config = PRESETS[name]
         deployed = DefendedClassifier(filter.configured(config), model)
-        first = DefendedClassifier(filter.configured(replace(config, restarts=1)), model)
-        defences.append(Defence(name, deployed, Defence.filtered(name, first).attacked))
+        attacked = replace(PRESETS[proxies.get(name, name)], restarts=1)
+        first = DefendedClassifier(filter.configured(attacked), model)
+        views: tuple[ViewName, ...] = ("exact",) if name in proxies else ORDER
+        defences.append(Defence(name, deployed, Defence.filtered(name, first, views=views).attacked))
     return defences
 
 
 def make_attacks(steps: int, approximate_steps: int, restarts: int, queries: int) -> list[AttackConfig]:
     """Cheap ones climb the margin, so that rows of the two strengths of PGD have two names."""
-    return [
+    found = [
         AttackConfig("pgd", approximate_steps, restarts, "margin", views=KINDS["approximate"]),
         AttackConfig("pgd", steps, restarts, "both" if restarts > 1 else "ce", views=("unaware", "exact")),
         AttackConfig("apgd", 5 * steps, views=("exact",)),
         AttackConfig("window_pgd", steps, 10 * restarts, views=("unaware", "exact")),
         AttackConfig("pgd_l0", steps, restarts, views=("unaware", "exact")),
         AttackConfig("patch", approximate_steps, restarts, views=("unaware", "exact")),
-        AttackConfig("square", steps=queries),
-        AttackConfig("sparse_rs", steps=queries),
         AttackConfig("corruption", steps=3),
     ]
+    return found + [AttackConfig(name, steps=queries) for name in ("square", "sparse_rs") if queries]
 
 
 def line(evaluation: Evaluation, defence: str, threat: Threat) -> dict[str, Any]:
@@ -129,6 +137,7 @@ def set_beside(cell: dict[str, Any], earlier: list[dict[str, Any]]) -> list[dict
 @click.option(
     "--preset", "presets", multiple=True, default=("single_shot", "fast", "accurate", "robust", "reference")
 )
+@click.option("--proxy", "proxies", multiple=True, metavar="PRESET=PRESET", help="Attacked instead.")
 @click.option("--threat", "threats", multiple=True, default=THREATS, metavar="NORM:EPS")
 @click.option("--data", default="mnist")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE")
@@ -136,7 +145,7 @@ def set_beside(cell: dict[str, Any], earlier: list[dict[str, Any]]) -> list[dict
 @click.option("--steps", default=40, type=click.IntRange(min=1), help="Of PGD through the exact view.")
 @click.option("--approximate-steps", default=10, type=click.IntRange(min=1), help="And through the others.")
 @click.option("--restarts", default=2, type=click.IntRange(min=1))
-@click.option("--queries", default=300, type=click.IntRange(min=1), help="Of Square, without gradients.")
+@click.option("--queries", default=300, type=click.IntRange(min=0), help="Of Square, 0: none.")
 @click.option("--checks", default=30, type=click.IntRange(min=0), help="Images, 0: none.")
 @click.option("--batch", default=100, type=click.IntRange(min=1))
 @click.option("--beside", type=click.Path(exists=True, path_type=Path), help="JSON of an earlier run.")
@@ -145,6 +154,7 @@ def main(
     folder: Path,
     classifiers: tuple[str, ...],
     presets: tuple[str, ...],
+    proxies: tuple[str, ...],
     threats: tuple[str, ...],
     data: str,
     changes: tuple[str, ...],
@@ -168,7 +178,7 @@ def main(
     for entry in classifiers:
         label, _, path = entry.partition("=")
         model = load_classifier(Path(path)).requires_grad_(False)
-        defences = make_defences(model, filter, presets)
+        defences = make_defences(model, filter, presets, dict(pair.split("=", 1) for pair in proxies))
         for text in threats:
             norm, _, eps = text.partition(":")
             threat = Threat(cast(Norm, norm), float(eps))  # an unknown norm is refused here
