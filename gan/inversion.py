@@ -21,7 +21,7 @@ from gan.sampling import step_rng
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Training of the encoder; `images` counts real images seen.
+    """Training of the encoder; `images` counts real images seen (0: it stays as it is).
 
     The loss is `‖G(E(x + δ)) − x‖²` on data plus `latent_weight · ‖E(G(z)) − z‖²` on samples.
 
@@ -62,9 +62,9 @@ class EncoderConfig:
         for name in ("ramp", "clean_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected in [0, 1], got {getattr(self, name)}")
-        for name in ("images", "batch_size", "average_half_life", "attack_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name, least in (("images", 0), ("batch_size", 1), ("average_half_life", 1), ("attack_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"lr: expected above 0, got {self.lr}")
         if not self.latent_weight >= 0:

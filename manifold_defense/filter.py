@@ -29,7 +29,7 @@ VIEWS: tuple[View, ...] = get_args(View)
 
 
 class ManifoldFilter(nn.Module):
-    """Replace images by their projection onto a generator's range.
+    """Replace images by their projection onto a generator's range, or move them towards it.
 
     `generator` and `encoder` are modules that fit the protocols of `manifold_defense.types`; they
     are frozen and kept in eval mode. The filter follows `.to(device)` like any module.
@@ -106,9 +106,18 @@ class ManifoldFilter(nn.Module):
         return project(self.generator, x, self.config, **self._aids(x))  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """G(z*) for one image (C, H, W) or a batch (N, C, H, W), float in [0, 1], shaped as the input."""
+        """x + strength (G(z*) − x), for one image (C, H, W) or a batch (N, C, H, W), float in [0, 1]."""
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
+        return self.blend(x, self.drawing(x))
+
+    def blend(self, x: Tensor, drawing: Tensor) -> Tensor:
+        """What the filter gives for images (N, C, H, W) with these drawings G(z*) of them."""
+        strength = self.config.strength
+        return drawing if strength == 1 else x.lerp(drawing, strength)
+
+    def drawing(self, x: Tensor) -> Tensor:
+        """G(z*) for images (N, C, H, W), differentiable as the view says."""
         if not (torch.is_grad_enabled() and x.requires_grad):
             return self.project(x).image
         check_images(x, self.image_shape)

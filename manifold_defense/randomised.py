@@ -48,10 +48,9 @@ class RandomisedFilter(ManifoldFilter):
     def project(self, x: Tensor) -> Projection:
         return self.draw().project(x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def drawing(self, x: Tensor) -> Tensor:
         """G(z*) from the next draw's starts; see `ManifoldFilter`."""
-        image: Tensor = self.draw()(x)
-        return image
+        return self.draw().drawing(x)
 
     def _like(self, config: ProjectionConfig, view: View) -> RandomisedFilter:
         other = RandomisedFilter(super()._like(config, view), self.seed)

@@ -50,7 +50,7 @@ class RejectingClassifier(nn.Module):
 
     def residual(self, x: Tensor) -> Tensor:
         """Mean squared error (N,) of the projection of images (N, C, H, W), differentiable in them."""
-        error: Tensor = (self.filter(x) - x).square().flatten(1).mean(1)
+        error: Tensor = (self.filter.drawing(x) - x).square().flatten(1).mean(1)
         return error
 
     @torch.no_grad()
@@ -58,7 +58,7 @@ class RejectingClassifier(nn.Module):
         """Labels (N,) int64 of images (N, C, H, W); −1 where refused, and where nothing is finite."""
         with evaluation_mode(self):
             found = self.filter.project(x)
-            logits = self.classifier(found.image)
+            logits = self.classifier(self.filter.blend(x, found.image))
         # A residual that is NaN is not below the threshold, and NaN logits are no label.
         sure = (found.error <= self.threshold) & logits.isfinite().all(1)
         return torch.where(sure, logits.argmax(1), REJECTED)

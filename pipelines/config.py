@@ -104,7 +104,8 @@ class HardenConfig:
 
     name          of its folder and of its rows
     objective     what is made small, by `name` and with its own settings; see `manifold_defense.hardening`
-    start         an earlier variant to start from, in place of the clean classifier
+    start         an earlier variant to start from, or the folder of a classifier (which a slash tells), in
+                  place of the clean one
     architecture  of a network of its own, trained from scratch, in place of that of the clean classifier
     teacher       an earlier variant that distillation asks
     behind        filter: it is trained behind the filter, attacks going through the exact view;
@@ -265,8 +266,8 @@ class EvaluateConfig:
 class Config:
     """Everything that a run depends on; `run` names its folder below `runs/`.
 
-    filter   folder of a finished filter whose generator and encoder are trained on, instead of a GAN of
-             the run's own
+    filter   folder of a finished filter, instead of a GAN of the run's own; its encoder is trained on
+             (encoder.images = 0: not at all)
     """
 
     __pydantic_config__: ClassVar = _STRICT
@@ -294,11 +295,11 @@ class Config:
         for variant in self.harden:
             if variant.name in before:
                 raise ValueError(f"harden: two variants are called {variant.name}")
-            for key in ("start", "teacher"):
-                if getattr(variant, key) not in ("", *before):
+            for key, or_else in (("start", " or a folder such as ./mine"), ("teacher", "")):
+                given = getattr(variant, key)
+                if given not in ("", *before) and not (or_else and "/" in given):
                     raise ValueError(
-                        f"harden.{variant.name}.{key}: expected a variant before it, "
-                        f"got {getattr(variant, key)!r}"
+                        f"harden.{variant.name}.{key}: expected a variant before it{or_else}, got {given!r}"
                     )
             before.append(variant.name)
 

@@ -1,4 +1,4 @@
-"""What a user brings along: a classifier, named as `package.module:function`, and a filter's folder."""
+"""What a user brings along: a classifier, named as `package.module:function` or as a folder, and a filter."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from manifold_defense.artifact import load_filter
+from manifold_defense.artifact import load_classifier, load_filter
+from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.filter import ManifoldFilter
+from pipelines.data import Dataset
 from pipelines.stage import StageError
 
 
@@ -62,3 +64,15 @@ def load_own_filter(folder: str, image_shape: tuple[int, ...], device: torch.dev
             f"{folder}: a filter for images of shape {filter.image_shape}, the data have {image_shape}"
         )
     return filter
+
+
+def load_own_classifier(folder: str, data: Dataset, device: torch.device) -> ImageClassifier:
+    """The classifier in `folder`, of the images and classes of `data`; StageError if it is of others."""
+    classifier = load_classifier(Path(folder)).to(device)
+    known, given = (classifier.image_shape, classifier.classes), (data.image_shape, len(data.classes))
+    if known != given:
+        raise StageError(
+            f"{folder}: a classifier of images of shape {known[0]} and {known[1]} classes, the data have "
+            f"{given[0]} and {given[1]}"
+        )
+    return classifier

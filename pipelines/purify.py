@@ -205,8 +205,11 @@ def _purify_batch(filter: ManifoldFilter, tasks: Sequence[_Task]) -> list[_Row]:
     if readable:
         pixels = np.stack([reading for reading in readings if not isinstance(reading, str)])
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (N, S, S, C) to (N, C, S, S)
-        projection = filter.project(to_float(images.to(_device(filter))).contiguous())
-        results = _to_uint8(projection.image).permute(0, 2, 3, 1).cpu().numpy()  # (N, S, S, C)
+        x = to_float(images.to(_device(filter))).contiguous()
+        projection = filter.project(x)
+        results = (
+            _to_uint8(filter.blend(x, projection.image)).permute(0, 2, 3, 1).cpu().numpy()
+        )  # (N, S, S, C)
         errors, steps = projection.error.tolist(), projection.steps.tolist()
         for task, result, error, count in zip(readable, results, errors, steps, strict=True):
             _write(result, task.output)

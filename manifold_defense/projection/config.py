@@ -39,6 +39,9 @@ class ProjectionConfig:
     tolerance     a restart stops once its gradient is as short, in the solver's coordinates; 0 never
     chunk         latents optimised at a time, images times restarts; bounds memory, not the result
                   (0: 256 on a CPU, whose caches hold no more of them, 2048 elsewhere)
+
+    Filter
+    strength      how far a filter moves x towards its projection: x + strength (G(z*) − x)
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
@@ -62,6 +65,7 @@ class ProjectionConfig:
     target_error: float = 0.0
     tolerance: float = 0.0
     chunk: int = 0
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -85,6 +89,8 @@ class ProjectionConfig:
                 raise ValueError(f"{name}: expected at least 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: expected in [0, 1), got {self.momentum}")
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength: expected in (0, 1], got {self.strength}")
         if self.loss == "huber" and self.radius == 0:
             raise ValueError("radius: expected above 0 for the huber loss, got 0")
 

@@ -22,6 +22,7 @@ from pipelines.config import HardenConfig
 from pipelines.context import STATE, Context
 from pipelines.data import ImageData, data_digest, split, to_float
 from pipelines.defences import behind, load_run_filter
+from pipelines.own import load_own_classifier
 from pipelines.stage import FACTS, Plan, settings_of, write_json
 
 VARIANT = "variant.json"
@@ -138,9 +139,13 @@ def _fingerprint(context: Context, variant: HardenConfig) -> str:
 def _harden(own: Context, context: Context, variant: HardenConfig) -> dict[str, Any]:
     """Train one variant; the finished ones before it lie beside its folder."""
 
+    device = context.fabric.device
+
     def earlier(name: str) -> ImageClassifier:
+        if "/" in name:
+            return load_own_classifier(name, context.data, device)
         folder = context.folder / name if name else context.inputs["train-classifier"]
-        return load_classifier(folder).to(context.fabric.device)
+        return load_classifier(folder).to(device)
 
     architecture = variant.architecture
     start = _untrained(context, architecture) if architecture else earlier(variant.start)
@@ -148,7 +153,7 @@ def _harden(own: Context, context: Context, variant: HardenConfig) -> dict[str, 
     teacher = earlier(variant.teacher).requires_grad_(False) if variant.teacher else None
     metrics = _train(own, start, variant.training, variant.objective, variant, filter, teacher)
 
-    hardened = load_classifier(own.folder).requires_grad_(False).to(context.fabric.device)
+    hardened = load_classifier(own.folder).requires_grad_(False).to(device)
     x, y = context.test_images(500)
     threat = variant.objective.threat or Threat("linf", 0.15)
     deployed = behind(variant.behind, hardened, filter)
@@ -215,11 +220,12 @@ def _train(
 
 
 def _reconstructed(context: Context, data: ImageData, filter: ManifoldFilter) -> ImageData:
-    """G(z*) of all images, in the 256 grey levels that images are kept in."""
+    """What the filter makes of all images, in the 256 grey levels that images are kept in."""
     device = context.fabric.device
 
+    @torch.no_grad()
     def reconstruct(_: int, chosen: slice) -> tuple[Tensor, ...]:
-        images = filter.project(to_float(data.images[chosen]).to(device)).image
+        images = filter(to_float(data.images[chosen]).to(device))
         return ((255 * images).round().to(torch.uint8).cpu(),)
 
     (images,) = context.map_images(reconstruct, len(data.labels), 500)

@@ -171,7 +171,11 @@ def _pictures(context: Context, evaluation: Evaluation, x: Tensor, y: Tensor) ->
         rows = [
             Strip("clean", clean, predictions(defended, clean)),
             Strip("attacked", attacked, predictions(defended.classifier, attacked)),
-            Strip("G(z*)", repaired, predictions(defended.classifier, repaired)),
+            Strip(
+                "G(z*)" if defended.filter.config.strength == 1 else "filtered",
+                repaired,
+                predictions(defended.classifier, repaired),
+            ),
         ]
         figure = strips(rows, labels.tolist(), context.data.classes)
         assert job.threat is not None

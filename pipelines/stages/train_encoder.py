@@ -16,12 +16,15 @@ from manifold_defense.artifact import load_gan, save_gan
 from pipelines.board import grid
 from pipelines.context import Context
 from pipelines.own import load_own_filter
+from pipelines.stage import StageError
 
 
 def run(context: Context) -> dict[str, Any]:
     config, fabric, seed = context.config.encoder, context.fabric, context.config.seed
     generator, encoder = _networks(context)
     if encoder is None:
+        if config.images == 0:
+            raise StageError("encoder.images: expected at least 1, there is no encoder yet; got 0")
         encoder = seeded(seed, lambda: Encoder(generator.image_shape, generator.config))
     generator = generator.eval().requires_grad_(False).to(fabric.device)
     state = encoder_state(fabric, encoder, config)

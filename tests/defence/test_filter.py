@@ -1,5 +1,6 @@
 """The filter as a module: what its views share, what differs, and that none masks by accident."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -83,6 +84,22 @@ def test_the_identity_view_is_the_classifiers_gradient_at_the_projection(
     assert (exact.flatten(1).norm(dim=1) > 0).all()
     assert not torch.allclose(exact, at_projection, rtol=0.1)
     assert torch.equal(input_gradient(defended, x), exact)
+
+
+@pytest.mark.parametrize("strength", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_filter_of_less_strength_goes_part_of_the_way(networks: Any, view: Any, strength: float) -> None:
+    """And so does its gradient, whatever the view makes of the drawing's."""
+    config = replace(CONFIG, restarts=2, seed=3)
+    whole = ManifoldFilter(*networks, config, view)
+    part = whole.configured(replace(config, strength=strength))
+    x, weights = images(4).requires_grad_(True), images(4, seed=1)
+    torch.testing.assert_close(part(x), x + strength * (whole(x) - x))
+    assert torch.equal(part(x), part(x.detach()))
+    assert torch.equal(part.project(x.detach()).image, whole(x))
+    drawn, given = ((weights * filter(x)).sum() for filter in (whole, part))
+    expected = (1 - strength) * weights + strength * torch.autograd.grad(drawn, x)[0]
+    torch.testing.assert_close(torch.autograd.grad(given, x)[0], expected)
 
 
 @pytest.mark.parametrize("view", ["", "bpda", "unaware"])

@@ -342,6 +342,9 @@ def test_a_missing_encoder_is_named(networks: Any, function: Callable[..., Any])
         ("step_size", -0.1),
         ("step_size", float("nan")),
         ("momentum", 1.0),
+        ("strength", 0.0),
+        ("strength", 1.5),
+        ("strength", float("nan")),
     ],
 )
 def test_a_config_names_its_bad_key(key: str, value: Any) -> None:

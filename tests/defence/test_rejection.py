@@ -1,5 +1,6 @@
 """The reject option, whose curve and thresholds are counted by hand, and the randomised filter."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,6 +52,20 @@ def test_the_gradient_of_the_residual_is_that_of_the_distance(linear: Any) -> No
     x = (on_range(linear, 3) + delta).requires_grad_(True)
     (gradient,) = torch.autograd.grad(model.residual(x).sum(), x)
     torch.testing.assert_close(gradient, 2 * delta / 64, atol=1e-7, rtol=0)
+
+
+def test_who_is_refused_does_not_depend_on_the_strength_what_the_others_are_called_does(linear: Any) -> None:
+    classifier = Linear(0.0).double()
+    whole, part = (
+        RejectingClassifier(ManifoldFilter(linear, config=replace(SOLVED, strength=s)), classifier, 0.005)
+        for s in (1.0, 0.01)
+    )
+    x = on_range(linear, 40) + off_range(linear, 40, 0.4)
+    torch.testing.assert_close(part.residual(x), whole.residual(x))
+    assert not (part.predict(x) == REJECTED).any()
+    assert torch.equal(part.predict(x), classifier(x + 0.01 * (part.filter.drawing(x) - x)).argmax(1))
+    far = on_range(linear, 40) + off_range(linear, 40, 0.8)
+    assert (part.predict(far) == REJECTED).all()
 
 
 def test_logits_are_those_of_the_filter_whether_refused_or_not(linear: Any) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from pipelines_support import invoke, settings
 from safetensors.torch import load_file
 
 from manifold_defense import PRESETS, load_classifier, load_filter
-from manifold_defense.artifact import load_gan
+from manifold_defense.artifact import load_gan, save_filter
 from pipelines.context import Context, InterruptionError
 from pipelines.stages import STAGES
 
@@ -395,6 +396,14 @@ def test_the_exports_load_and_filter_files(run_folder, tmp_path):
     written = np.asarray(Image.open(tmp_path / "out" / "deep" / "a.png"))
     assert np.array_equal(written, (expected[0, 0] * 255).round().numpy().astype(np.uint8))
     assert (tmp_path / "out" / "errors.csv").exists()
+
+    weak = filter.configured(replace(filter.config, strength=0.25))
+    save_filter(weak, tmp_path / "weak")
+    result = invoke("filter", tree / "a.png", tmp_path / "weak.png", "--filter", tmp_path / "weak")
+    assert result.exit_code == 0, result.output
+    expected = weak(torch.from_numpy(pixels / 255.0).float()[None, None])
+    written = np.asarray(Image.open(tmp_path / "weak.png"))
+    assert np.array_equal(written, (expected[0, 0] * 255).round().numpy().astype(np.uint8))
 
 
 def test_a_preset_replaces_the_settings_of_a_filter(run_folder, tmp_path):
