@@ -114,7 +114,7 @@ class ManifoldFilter(nn.Module):
     def blend(self, x: Tensor, drawing: Tensor) -> Tensor:
         """What the filter gives for images (N, C, H, W) with these drawings G(z*) of them."""
         strength = self.config.strength
-        return drawing if strength == 1 else x.lerp(drawing, strength)
+        return drawing if strength == 1 else x + strength * (drawing - x)
 
     def drawing(self, x: Tensor) -> Tensor:
         """G(z*) for images (N, C, H, W), differentiable as the view says."""
