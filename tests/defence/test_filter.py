@@ -102,6 +102,14 @@ def test_a_filter_of_less_strength_goes_part_of_the_way(networks: Any, view: Any
     torch.testing.assert_close(torch.autograd.grad(given, x)[0], expected)
 
 
+def test_a_filter_of_less_strength_runs_in_mixed_precision(networks: Any) -> None:
+    filter = ManifoldFilter(*networks, ProjectionConfig(steps=0, strength=0.3))
+    x = images(2).requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        given = filter(x)
+    torch.testing.assert_close(given, filter(x), atol=0.01, rtol=0)
+
+
 @pytest.mark.parametrize("view", ["", "bpda", "unaware"])
 def test_an_unknown_view_is_refused(networks: Any, view: Any) -> None:
     with pytest.raises(ValueError, match=r"^view: expected one of exact, implicit, .*identity, got"):

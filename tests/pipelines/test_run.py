@@ -17,8 +17,9 @@ from PIL import Image
 from pipelines_support import invoke, settings
 from safetensors.torch import load_file
 
-from manifold_defense import PRESETS, load_classifier, load_filter
-from manifold_defense.artifact import load_gan, save_filter
+from manifold_defense import PRESETS, ManifoldFilter, load_classifier, load_filter
+from manifold_defense.artifact import load_gan, save_classifier, save_filter
+from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
 from pipelines.context import Context, InterruptionError
 from pipelines.stages import STAGES
 
@@ -450,6 +451,32 @@ def test_an_encoder_is_trained_for_a_finished_filter(finished, tmp_path, monkeyp
     assert other.exit_code == 1
     assert "none" in other.output
     assert "Traceback" not in other.output
+
+    result = invoke("run", "train-encoder", *settings(f"filter={folder}", "run=as_it_is", "encoder.images=0"))
+    assert result.exit_code == 0, result.output
+    _, encoder = load_gan(Path("runs/as_it_is/train-encoder"))
+    kept = zip(before.encoder.parameters(), encoder.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in kept)
+    save_filter(ManifoldFilter(before.generator), tmp_path / "bare")
+    result = invoke("run", "train-encoder", *settings("filter=bare", "run=none", "encoder.images=0"))
+    assert result.exit_code == 1
+    assert "encoder.images: expected at least 1, there is no encoder yet; got 0" in result.output
+
+
+def test_a_variant_starts_from_a_folder(run_folder):
+    mine = ImageClassifier((1, 8, 8), 10, ArchitectureConfig(width=4))
+    save_classifier(mine, Path("mine"))
+    more = ("harden.start=./mine", "harden.training.images=64")
+    result = invoke("harden", "--force", *settings(*more))
+    assert result.exit_code == 0, result.output
+    assert load_classifier(run_folder / "harden" / "hardened").config.width == 4
+    # Of three channels, and not there at all.
+    save_classifier(ImageClassifier((3, 8, 8), 10, ArchitectureConfig(width=4)), Path("coloured"))
+    for folder, said in (("./coloured", "images of shape (3, 8, 8) and 10 classes"), ("./gone", "gone")):
+        result = invoke("harden", "--force", *settings(f"harden.start={folder}"))
+        assert result.exit_code == 1
+        assert said in result.output
+        assert "Traceback" not in result.output
 
 
 def test_an_image_folder_goes_through_the_whole_pipeline(tmp_path, monkeypatch):
