@@ -315,10 +315,8 @@ def test_more_steps_of_the_attack_on_an_encoder_raise_its_error_further(norm: An
         (GanConfig, "beta1", 1.0),
         (GanConfig, "beta2", -0.1),
         (GanConfig, "loss", "hinge"),
-        *(
-            (EncoderConfig, key, 0)
-            for key in ("images", "batch_size", "average_half_life", "attack_steps", "lr")
-        ),
+        (EncoderConfig, "images", -1),
+        *((EncoderConfig, key, 0) for key in ("batch_size", "average_half_life", "attack_steps", "lr")),
         (EncoderConfig, "latent_weight", -0.1),
         (EncoderConfig, "perturbation", "fgsm"),
         (EncoderConfig, "norm", "l1"),
