@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 FACTS, PLAN = "stage.json", "plan.json"
+# Settings that may name a folder of weights, which are then part of what a stage is made of.
+_WEIGHTS = re.compile(r"(evaluate\.)?filter|harden\.\d+\.start")
 Status = Literal["cached", "stale", "unfinished", "missing"]
 
 
@@ -97,6 +100,12 @@ def settings_of(config: Config, sections: Sequence[str], digest: str) -> dict[st
             # Where the data lies is no part of what they are.
             values.pop("data.root", None)
             values["data.digest"] = digest
+    for key in [key for key in values if _WEIGHTS.fullmatch(key) and values[key]]:
+        folder = Path(values[key])
+        weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")])
+        if weights:  # and it is no name of a variant
+            content = b"".join(path.read_bytes() for path in weights)
+            values[f"{key}.digest"] = hashlib.sha256(content).hexdigest()[:16]
     return values
 
 

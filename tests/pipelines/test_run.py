@@ -470,6 +470,11 @@ def test_a_variant_starts_from_a_folder(run_folder):
     result = invoke("harden", "--force", *settings(*more))
     assert result.exit_code == 0, result.output
     assert load_classifier(run_folder / "harden" / "hardened").config.width == 4
+    assert "harden: cached" in invoke("run", "harden", *settings(*more)).output
+    with torch.no_grad():
+        mine.head.bias.add_(1.0)
+    save_classifier(mine, Path("mine"))
+    assert "harden.0.start.digest was" in invoke("harden", *settings(*more)).output
     # Of three channels, and not there at all.
     save_classifier(ImageClassifier((3, 8, 8), 10, ArchitectureConfig(width=4)), Path("coloured"))
     for folder, said in (("./coloured", "images of shape (3, 8, 8) and 10 classes"), ("./gone", "gone")):
