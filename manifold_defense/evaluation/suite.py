@@ -146,8 +146,9 @@ class AttackConfig:
     targets    of apgd: how many of the most likely wrong classes are aimed at, each in a run of its
                own (0: none, the attack is untargeted)
     views      in which a filter is attacked: through a gradient of its own (see `ManifoldFilter`;
-               those that it does not have are passed over), or not at all (unaware: the bare
-               classifier is attacked). None named: all that it has. A bare classifier has but its
+               those that it does not have are passed over, unless it has none of those named: then all
+               that it has count), or not at all (unaware: the bare classifier is attacked). None
+               named: all. A bare classifier has but its
                own gradient, and meets the attack once whatever stands here, as does every defence
                an attack without gradients.
     """
@@ -311,4 +312,10 @@ def _meets(attack: AttackConfig, defence: Defence, view: str) -> bool:
         return False
     if spec.view is not None:
         return view == spec.view
-    return len(defence.attacked) == 1 or not attack.views or view in attack.views
+    if len(defence.attacked) == 1 or not attack.views:
+        return True
+    # Stand-ins are attacked no less than exact gradients are, lest what has none seem the stronger.
+    wanted, knowing = set(attack.views), set(defence.attacked) - {"unaware"}
+    if wanted - {"unaware"} and not wanted & knowing:
+        wanted |= knowing
+    return view in wanted

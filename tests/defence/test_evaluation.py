@@ -132,6 +132,24 @@ def test_the_jobs_of_a_preprocessed_classifier(classifier: nn.Module) -> None:
     assert found == ["clean", *(f"pgd {view} linf 0.1" for view in ("unaware", "identity", "soft", "sharp"))]
 
 
+@pytest.mark.parametrize(
+    ("named", "met"),
+    [
+        (("exact",), ("identity", "soft", "sharp")),
+        (("unaware", "exact"), ("unaware", "identity", "soft", "sharp")),
+        (("unaware",), ("unaware",)),
+        (("soft", "exact"), ("soft",)),
+    ],
+)
+def test_what_has_no_exact_gradient_meets_its_attacks_in_the_views_that_it_has(
+    classifier: nn.Module, named: Any, met: tuple[str, ...]
+) -> None:
+    """Else steps would seem the stronger defence for want of attackers."""
+    defence = Defence.preprocessed("bits", Preprocessed(Binarise(), classifier))
+    found = cells(defence, [AttackConfig("apgd", views=named)], [LINF])
+    assert found == ["clean", *(f"apgd {view} linf 0.1" for view in met)]
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_every_attack_of_the_suite_runs_in_its_threats(name: Any, linear: Any, classifier: nn.Module) -> None:
     filter = ManifoldFilter(linear.float(), config=ProjectionConfig("gd", "origin", steps=3, step_size=1.0))
