@@ -315,7 +315,8 @@ def _meets(attack: AttackConfig, defence: Defence, view: str) -> bool:
     if len(defence.attacked) == 1 or not attack.views:
         return True
     # Stand-ins are attacked no less than exact gradients are, lest what has none seem the stronger.
-    wanted, knowing = set(attack.views), set(defence.attacked) - {"unaware"}
+    wanted: set[str] = set(attack.views)
+    knowing = set(defence.attacked) - {"unaware"}
     if wanted - {"unaware"} and not wanted & knowing:
         wanted |= knowing
     return view in wanted
