@@ -14,7 +14,8 @@ WEIGHTS = sorted(MNIST.glob("*/*.safetensors"))
 
 
 def test_there_is_a_filter_and_its_classifiers() -> None:
-    assert [path.parent.name for path in WEIGHTS] == ["classifier", "classifier-pgd", "filter", "undefended"]
+    names = ["classifier", "classifier-behind", "classifier-pgd", "filter", "undefended"]
+    assert [path.parent.name for path in WEIGHTS] == names
 
 
 @pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.parent.name)
