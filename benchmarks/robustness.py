@@ -168,6 +168,10 @@ def main(
     beside: Path | None,
     output: Path | None,
 ) -> None:
+    instead = {name: other for name, _, other in (pair.partition("=") for pair in proxies)}
+    for name in (*instead, *instead.values()):
+        if name not in PRESETS:
+            raise click.UsageError(f"--proxy: expected PRESET=PRESET of {', '.join(PRESETS)}, got {name!r}")
     filter = load_filter(folder)
     earlier = json.loads(beside.read_text(encoding="utf-8"))["rows"] if beside else []
     test = load_data(load_config(None, [f"data.name={data}", *changes]).data).test
@@ -178,7 +182,7 @@ def main(
     for entry in classifiers:
         label, _, path = entry.partition("=")
         model = load_classifier(Path(path)).requires_grad_(False)
-        defences = make_defences(model, filter, presets, dict(pair.split("=", 1) for pair in proxies))
+        defences = make_defences(model, filter, presets, instead)
         for text in threats:
             norm, _, eps = text.partition(":")
             threat = Threat(cast(Norm, norm), float(eps))  # an unknown norm is refused here

@@ -207,9 +207,8 @@ def _purify_batch(filter: ManifoldFilter, tasks: Sequence[_Task]) -> list[_Row]:
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (N, S, S, C) to (N, C, S, S)
         x = to_float(images.to(_device(filter))).contiguous()
         projection = filter.project(x)
-        results = (
-            _to_uint8(filter.blend(x, projection.image)).permute(0, 2, 3, 1).cpu().numpy()
-        )  # (N, S, S, C)
+        given = _to_uint8(filter.blend(x, projection.image))
+        results = given.permute(0, 2, 3, 1).cpu().numpy()  # (N, S, S, C)
         errors, steps = projection.error.tolist(), projection.steps.tolist()
         for task, result, error, count in zip(readable, results, errors, steps, strict=True):
             _write(result, task.output)
