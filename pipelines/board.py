@@ -29,7 +29,7 @@ def grid(images: Tensor, columns: int = 8) -> Tensor:
 def strips(rows: Sequence[Strip], labels: Sequence[int], classes: Sequence[str]) -> Any:
     """A matplotlib figure: a row per strip, a column per image; wrong predictions in red.
 
-    One picture with text on it: axes for each image take ten times as long to draw.
+    One picture with text on it: axes for each image take twenty times as long to draw.
     """
     from matplotlib.figure import Figure
 

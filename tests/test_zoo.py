@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,10 +43,14 @@ def test_the_filter_redraws_its_own_drawings_and_not_noise() -> None:
     assert 0.05 < float(drawn.mean()) < 0.4
 
 
-@pytest.mark.parametrize("name", ["classifier", "classifier-pgd", "undefended"])
-def test_a_classifier_sees_what_the_filter_keeps(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "strength"),
+    [("classifier", 1.0), ("classifier-behind", 0.3), ("classifier-pgd", 1.0), ("undefended", 1.0)],
+)
+def test_a_classifier_sees_what_the_filter_keeps(name: str, strength: float) -> None:
     """Of confident drawings, most keep their class."""
     filter, classifier = load_filter(MNIST / "filter"), load_classifier(MNIST / name)
+    filter = filter.configured(replace(filter.config, strength=strength))
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         drawn = filter.generator(torch.randn(40, 64, generator=rng))
