@@ -1,15 +1,13 @@
-"""The evaluation: what counts as robust, which attacks meet which model, and what becomes of the images."""
+"""The evaluation: what counts as robust, and what becomes of the images."""
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from manifold_defense import DefendedClassifier, ManifoldFilter, ProjectionConfig, Threat
-from manifold_defense.attacks.norms import sizes
+from manifold_defense import DefendedClassifier, Threat
 from manifold_defense.evaluation import (
     AttackConfig,
     Defence,
@@ -18,259 +16,10 @@ from manifold_defense.evaluation import (
     attack_images,
     evaluate,
     in_batches,
-    jobs,
     run_job,
     wilson,
 )
-from manifold_defense.evaluation.baselines import Binarise, Preprocessed
-from manifold_defense.evaluation.statistics import paired
-from manifold_defense.evaluation.suite import SPECS
-from manifold_defense.rejection import RejectingClassifier
-
-LINF, L2 = Threat("linf", 0.1), Threat("l2", 0.5)
-SUITE = [
-    AttackConfig("noise", steps=3),
-    AttackConfig("fgsm"),
-    AttackConfig("pgd", steps=5),
-    AttackConfig("pgd", steps=5, loss="margin"),
-    AttackConfig("cw", steps=10, restarts=2, views=("exact",)),
-]
-
-
-@pytest.fixture
-def classifier() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.LeakyReLU(), nn.Linear(16, 3)).eval()
-
-
-@pytest.fixture
-def defended(linear: Any, classifier: nn.Module) -> DefendedClassifier:
-    filter = ManifoldFilter(linear.float(), config=ProjectionConfig("gd", "origin", steps=30))
-    return DefendedClassifier(filter, classifier)
-
-
-def labelled(model: nn.Module, n: int = 12) -> tuple[Tensor, Tensor]:
-    """Images (N, 1, 8, 8) and labels, a quarter of them wrong."""
-    x = torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.6 + 0.2
-    with torch.no_grad():
-        y = model(x).argmax(1)
-    y[: n // 4] = (y[: n // 4] + 1) % 3
-    return x, y
-
-
-# --- Statistics ---
-
-
-@pytest.mark.parametrize(("successes", "n"), [(8, 10), (0, 10), (10, 10), (490, 1000), (1, 1)])
-@pytest.mark.parametrize(("confidence", "z"), [(0.95, 1.959963984540054), (0.99, 2.5758293035489004)])
-def test_wilson_is_the_closed_form(successes: int, n: int, confidence: float, z: float) -> None:
-    p = successes / n
-    centre = p + z**2 / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    low, high = wilson(successes, n, confidence)
-    assert low == pytest.approx((centre - half) / (1 + z**2 / n), abs=1e-9)
-    assert high == pytest.approx((centre + half) / (1 + z**2 / n), abs=1e-9)
-
-
-def test_wilson_as_published() -> None:
-    """Newcombe 1998, table I: 81 of 263 and 0 of 20."""
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
-    assert wilson(0, 0) == (0.0, 1.0)
-
-
-# --- Jobs ---
-
-
-def cells(defence: Defence, attacks: list[AttackConfig], threats: list[Threat]) -> list[str]:
-    return [job.name.removeprefix(f"{defence.name} ") for job in jobs([defence], attacks, threats)]
-
-
-def test_the_jobs_of_a_filter(defended: DefendedClassifier) -> None:
-    """From what knows nothing to what knows all, then without gradients."""
-    views = ("unaware", "identity", "exact")
-    suite = [replace(attack, views=views) for attack in SUITE] + [AttackConfig("square", steps=5)]
-    suite += [AttackConfig("patch", steps=3), AttackConfig("range", steps=2)]
-    assert cells(Defence.filtered("inc", defended), suite, [LINF, L2]) == [
-        "clean",
-        "noise deployed linf 0.1",
-        *(f"{attack} {view} linf 0.1" for view in views for attack in ("fgsm", "pgd", "pgd-margin")),
-        "range exact linf 0.1",
-        "square deployed linf 0.1",
-        "noise deployed l2 0.5",
-        *(f"{attack} {view} l2 0.5" for view in views for attack in ("fgsm", "pgd", "pgd-margin", "cw")),
-        "range exact l2 0.5",
-        "square deployed l2 0.5",
-    ]
-
-
-def test_without_views_all_are_met(defended: DefendedClassifier) -> None:
-    found = cells(Defence.filtered("inc", defended), [AttackConfig("pgd")], [LINF])
-    views = ("unaware", "identity", "tangent", "gauss_newton", "implicit", "exact")
-    assert found == ["clean", *(f"pgd {view} linf 0.1" for view in views)]
-
-
-def test_the_jobs_of_a_bare_classifier(classifier: nn.Module) -> None:
-    """Every attack once, also one whose views name the filter's alone; those that need a filter never."""
-    attacks = [*SUITE, AttackConfig("pgd", views=("identity",)), AttackConfig("range")]
-    attacks += [AttackConfig("feature_matching")]
-    assert cells(Defence.bare("cnn", classifier), attacks, [LINF]) == [
-        "clean",
-        "noise deployed linf 0.1",
-        "fgsm exact linf 0.1",
-        "pgd exact linf 0.1",
-        "pgd-margin exact linf 0.1",
-        "pgd exact linf 0.1",
-    ]
-
-
-def test_the_jobs_of_a_preprocessed_classifier(classifier: nn.Module) -> None:
-    found = cells(
-        Defence.preprocessed("bits", Preprocessed(Binarise(), classifier)), [AttackConfig("pgd")], [LINF]
-    )
-    assert found == ["clean", *(f"pgd {view} linf 0.1" for view in ("unaware", "identity", "soft", "sharp"))]
-
-
-@pytest.mark.parametrize(
-    ("named", "met"),
-    [
-        (("exact",), ("identity", "soft", "sharp")),
-        (("unaware", "exact"), ("unaware", "identity", "soft", "sharp")),
-        (("unaware",), ("unaware",)),
-        (("soft", "exact"), ("soft",)),
-    ],
-)
-def test_what_has_no_exact_gradient_meets_its_attacks_in_the_views_that_it_has(
-    classifier: nn.Module, named: Any, met: tuple[str, ...]
-) -> None:
-    """Else steps would seem the stronger defence for want of attackers."""
-    defence = Defence.preprocessed("bits", Preprocessed(Binarise(), classifier))
-    found = cells(defence, [AttackConfig("apgd", views=named)], [LINF])
-    assert found == ["clean", *(f"apgd {view} linf 0.1" for view in met)]
-
-
-@pytest.mark.parametrize("name", SPECS)
-def test_every_attack_of_the_suite_runs_in_its_threats(name: Any, linear: Any, classifier: nn.Module) -> None:
-    filter = ManifoldFilter(linear.float(), config=ProjectionConfig("gd", "origin", steps=3, step_size=1.0))
-    model = (
-        RejectingClassifier(filter, classifier, 1.0)
-        if name == "detector_aware"
-        else DefendedClassifier(filter, classifier)
-    )
-    defence = Defence.filtered("inc", model)
-    x, y = labelled(model, 4)
-    config = AttackConfig(name, steps=20 if name == "hop_skip_jump" else 3)
-    sizes_of = {"l0": 3.0, "patch": 3.0, "corruption": 2.0, "l1": 1.0}
-    threats = [Threat(norm, sizes_of.get(norm, 0.1)) for norm in SPECS[name].norms]
-    assert all(config.applies_to(threat) for threat in threats)
-    found = list(jobs([defence], [config], threats))
-    assert len(found) >= 1 + len(threats)
-    for job in found:
-        run_job(job, x, y, 0)  # raises if the attack leaves its threat
-
-
-def test_an_attack_is_for_its_threats_alone() -> None:
-    assert AttackConfig("cw").applies_to(L2)
-    assert not AttackConfig("cw").applies_to(LINF)
-    assert AttackConfig("pgd").applies_to(LINF)
-    assert not AttackConfig("pgd").applies_to(Threat("patch", 3))
-
-
-@pytest.mark.parametrize(
-    ("config", "keywords"),
-    [
-        (AttackConfig("noise", steps=3), {"draws": 3}),
-        (AttackConfig("cw", steps=9, restarts=2), {"steps": 9, "searches": 2}),
-        (AttackConfig("pgd", 7, 2), {"steps": 7, "restarts": 2}),
-        (
-            AttackConfig("apgd", 7, loss="dlr", targets=3),
-            {"steps": 7, "restarts": 1, "loss": "dlr", "target_classes": 3},
-        ),
-    ],
-)
-def test_an_attack_is_bound_to_its_threat(config: AttackConfig, keywords: dict[str, Any]) -> None:
-    bound: Any = config.bind(L2, seed=5, press=False)
-    assert bound.keywords == {"norm": "l2", "eps": 0.5, "seed": 5, **keywords}
-    pressing: Any = config.bind(L2, seed=5, press=True)
-    assert pressing.keywords.get("stop_early", True) == (config.name == "noise")
-
-
-@pytest.mark.parametrize(
-    ("key", "values"),
-    [
-        ("name", {"name": "autoattack"}),
-        ("steps", {"steps": 0}),
-        ("restarts", {"restarts": 0}),
-        ("targets", {"targets": -1}),
-        ("targets", {"targets": 3}),
-        ("loss", {"loss": "mse"}),
-        ("loss", {"name": "noise", "loss": "ce"}),
-        ("loss", {"name": "fgsm", "loss": "both"}),
-        ("views", {"views": ("bpda",)}),
-    ],
-)
-def test_an_attack_config_names_its_bad_key(key: str, values: Any) -> None:
-    with pytest.raises(ValueError, match=f"^{key}.*: expected"):
-        AttackConfig(**values)
-
-
-@pytest.mark.parametrize(
-    ("config", "label"),
-    [
-        (AttackConfig("pgd"), "pgd"),
-        (AttackConfig("pgd", loss="ce"), "pgd"),
-        (AttackConfig("pgd", loss="margin"), "pgd-margin"),
-        (AttackConfig("pgd", loss="both"), "pgd"),
-        (AttackConfig("apgd", loss="dlr"), "apgd-dlr"),
-        (AttackConfig("apgd", loss="dlr", targets=9), "apgd-dlr-t"),
-        (AttackConfig("square"), "square"),
-    ],
-)
-def test_rows_name_the_loss(config: AttackConfig, label: str) -> None:
-    assert config.label == label
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"norm": "l3"},
-        {"eps": 0.0},
-        {"eps": -1.0},
-        {"eps": math.nan},
-        {"norm": "l0", "eps": 2.5},
-        {"norm": "patch", "eps": 0.3},
-        {"norm": "corruption", "eps": 6},
-    ],
-)
-def test_a_threat_names_its_bad_key(values: dict[str, Any]) -> None:
-    key = "norm" if values.get("norm") == "l3" else "eps"
-    with pytest.raises(ValueError, match=f"^{key}.*: expected"):
-        Threat(**values)
-
-
-@pytest.mark.parametrize(
-    ("norm", "size"), [("linf", 0.5), ("l2", 0.7071), ("l1", 1.0), ("l0", 2), ("patch", 4), ("corruption", 0)]
-)
-def test_the_size_of_a_perturbation(norm: str, size: float) -> None:
-    delta = torch.zeros(2, 2, 8, 8)
-    delta[0, 0, 1, 3] = 0.5
-    delta[0, 1, 4, 2] = -0.5
-    found = sizes(norm, delta)
-    assert found.tolist() == pytest.approx([size, 0], abs=1e-4)
-
-
-def test_a_pixel_counts_once_whatever_its_channels() -> None:
-    delta = torch.zeros(1, 3, 4, 4)
-    delta[0, :, 3, 3] = 0.1
-    assert sizes("l0", delta).item() == sizes("patch", delta).item() == 1
-    assert sizes("patch", torch.ones(1, 3, 4, 6)).item() == 6
-
-
-def test_an_unknown_size_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^norm: expected"):
-        sizes("l3", torch.zeros(1, 1, 2, 2))
-
+from tests.defence.evaluation_support import L2, LINF, SUITE, labelled
 
 # --- Attacks and outcomes ---
 
@@ -483,22 +232,6 @@ def test_threats_are_kept_apart_and_their_union_is_the_worst() -> None:
         ("union", 0.0): 0.4,
     }
     assert [r.trained for r in worst.values()] == [True, False, False]
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "expected"),
-    [
-        ([1, 1, 1, 0], [1, 1, 1, 0], (0, 0, 1.0)),
-        ([0.0] * 5, [1.0] * 5, (5, 0, 2 / 2**5)),
-        ([1.0] * 3 + [0.0], [0.0, 0.5, 0.0, 1.0], (1, 3, 2 * (1 + 4) / 2**4)),
-        ([], [], (0, 0, 1.0)),
-    ],
-)
-def test_the_sign_test_looks_at_what_changed(before: Any, after: Any, expected: Any) -> None:
-    found = paired(torch.tensor(before), torch.tensor(after))
-    assert found == (*expected[:2], pytest.approx(expected[2]))
-    with pytest.raises(ValueError, match="expected scores of the same images"):
-        paired(torch.tensor(before), torch.ones(9))
 
 
 def test_two_defences_are_compared_image_by_image() -> None:

@@ -1,0 +1,22 @@
+"""A small classifier of digits' size, bare and behind a filter."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from manifold_defense import DefendedClassifier, ManifoldFilter, ProjectionConfig
+
+
+@pytest.fixture
+def classifier() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.LeakyReLU(), nn.Linear(16, 3)).eval()
+
+
+@pytest.fixture
+def defended(linear: Any, classifier: nn.Module) -> DefendedClassifier:
+    filter = ManifoldFilter(linear.float(), config=ProjectionConfig("gd", "origin", steps=30))
+    return DefendedClassifier(filter, classifier)
