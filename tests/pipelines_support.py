@@ -1,5 +1,7 @@
 """The command line in a test, and settings that make a whole run small."""
 
+import json
+
 from click.testing import CliRunner
 
 from pipelines.cli import main
@@ -39,3 +41,8 @@ def settings(*more, without=None):
 
 def invoke(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def rows(folder):
+    """Of the table that a run in this folder ended with."""
+    return json.loads((folder / "evaluate" / "stage.json").read_text())["metrics"]["rows"]

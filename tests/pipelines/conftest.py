@@ -1,4 +1,6 @@
-"""A whole run, made once."""
+"""A whole run, made once, and copies of it."""
+
+import shutil
 
 import pytest
 from pipelines_support import invoke, settings
@@ -14,3 +16,11 @@ def finished(tmp_path_factory):
         assert result.exit_code == 0, result.output
         (folder / "output.txt").write_text(result.output)
     return folder
+
+
+@pytest.fixture
+def run_folder(finished, tmp_path, monkeypatch):
+    """A copy of the finished run in the working directory, free to be damaged."""
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs" / "digits"

@@ -1,41 +1,23 @@
-"""The staged pipeline as a user meets it: results, skipping, refusing, resuming, and honest failures."""
+"""The staged pipeline as a user meets it: results, skipping, refusing, and honest failures."""
 
 import csv
-import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines_support import invoke, settings
-from safetensors.torch import load_file
+from pipelines_support import invoke, rows, settings
 
-from manifold_defense import PRESETS, ManifoldFilter, load_classifier, load_filter
-from manifold_defense.artifact import load_gan, save_classifier, save_filter
-from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
-from pipelines.context import Context, InterruptionError
+from manifold_defense import load_classifier
 from pipelines.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def run_folder(finished, tmp_path, monkeypatch):
-    """A copy of the finished run in the working directory, free to be damaged."""
-    shutil.copytree(finished / "runs", tmp_path / "runs")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "runs" / "digits"
-
-
-def rows(folder):
-    return json.loads((folder / "evaluate" / "stage.json").read_text())["metrics"]["rows"]
 
 
 def test_every_stage_leaves_its_facts_and_no_scraps(finished):
@@ -188,126 +170,6 @@ def test_dry_run_does_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("stage", ["train-gan", "train-encoder", "harden"])
-def test_an_interrupted_training_resumes_to_the_same_weights(run_folder, monkeypatch, stage):
-    folder = run_folder / stage
-    before = {path.relative_to(folder): load_file(path) for path in folder.rglob("*.safetensors")}
-    assert before
-    train = Context.train
-
-    def interrupted(self, loop, state, total, picture=None):
-        def until_half():
-            for record in loop:
-                yield record
-                if state["images"] >= total // 2:
-                    self.fabric.save(self.folder / "state.ckpt", state)
-                    raise InterruptionError
-
-        train(self, until_half(), state, total, picture)
-
-    shutil.rmtree(folder)
-    with monkeypatch.context() as patch:
-        patch.setattr(Context, "train", interrupted)
-        stopped = invoke(stage, *settings())
-    assert stopped.exit_code == 130
-    assert "run the same command again to resume" in stopped.output
-    assert not folder.exists()
-    assert "unfinished" in invoke("stages", *settings()).output
-
-    resumed = invoke(stage, *settings())
-    assert resumed.exit_code == 0, resumed.output
-    assert "resumed at" in resumed.output
-    for name, tensors in before.items():
-        after = load_file(folder / name)
-        assert tensors.keys() == after.keys()
-        assert all(torch.equal(tensors[key], after[key]) for key in tensors)
-
-
-def test_an_interrupted_evaluation_keeps_finished_jobs(run_folder, monkeypatch):
-    evaluation = importlib.import_module("manifold_defense.evaluation.evaluate")
-    expected = rows(run_folder)
-    shutil.rmtree(run_folder / "evaluate")
-    run_job, done = evaluation.run_job, []
-
-    def counted(job, *arguments):
-        if job.name not in done:
-            if len(done) == 5:
-                raise KeyboardInterrupt
-            done.append(job.name)
-        return run_job(job, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "run_job", counted)
-        assert invoke("evaluate", *settings()).exit_code == 130
-    kept = sorted(
-        (run_folder / "evaluate.part" / "jobs").glob("*.safetensors"), key=lambda p: p.stat().st_mtime_ns
-    )
-    assert len(kept) == 5
-    kept[1].write_bytes(b"cut short")
-
-    again = []
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            evaluation, "run_job", lambda job, *rest: (again.append(job.name), run_job(job, *rest))[1]
-        )
-        assert invoke("evaluate", *settings()).exit_code == 0
-    assert set(again) & set(done) == {done[1]}
-    assert rows(run_folder) == expected
-
-
-def test_unfinished_work_of_other_settings_is_not_thrown_away(run_folder):
-    shutil.rmtree(run_folder / "train-encoder")
-    part = run_folder / "train-encoder.part"
-    part.mkdir()
-    plan = {"fingerprint": "other", "version": 1, "config": {"encoder.images": 5}, "inputs": {}}
-    (part / "plan.json").write_text(json.dumps(plan))
-    result = invoke("train-encoder", *settings())
-    assert result.exit_code == 1
-    assert "unfinished work with other settings" in result.output
-    assert part.exists()
-    assert invoke("train-encoder", "--force", *settings()).exit_code == 0
-
-
-def test_a_damaged_checkpoint_is_named(run_folder):
-    plan = json.loads((run_folder / "train-gan" / "stage.json").read_text())
-    shutil.rmtree(run_folder / "train-gan")
-    part = run_folder / "train-gan.part"
-    part.mkdir()
-    (part / "plan.json").write_text(json.dumps(plan))
-    (part / "state.ckpt").write_bytes(b"PK\x03\x04 not a checkpoint")
-    result = invoke("train-gan", *settings())
-    assert result.exit_code == 1
-    assert "train-gan.part/state.ckpt: damaged checkpoint" in result.output
-    assert "Traceback" not in result.output
-
-
-@pytest.mark.parametrize("old_is_left", [True, False])
-def test_a_commit_that_was_cut_short_is_completed(run_folder, old_is_left):
-    (run_folder / "train-gan").rename(run_folder / "train-gan.part")
-    (run_folder / "train-gan.part" / "state.ckpt").touch()
-    if old_is_left:
-        (run_folder / "train-gan.old").mkdir()
-    assert invoke("run", *settings()).output.count(": cached") == len(STAGES)
-    assert not list(run_folder.glob("train-gan.*"))
-    assert not list(run_folder.rglob("state.ckpt"))
-
-
-def test_damaged_facts_are_named(run_folder):
-    (run_folder / "train-gan" / "stage.json").write_text("{")
-    result = invoke("stages", *settings())
-    assert result.exit_code == 1
-    assert "stage.json: damaged" in result.output
-
-
-def test_damaged_weights_of_an_input_are_named(run_folder):
-    weights = run_folder / "train-encoder" / "gan.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    shutil.rmtree(run_folder / "project")
-    result = invoke("project", *settings())
-    assert result.exit_code == 1
-    assert "train-encoder/gan.safetensors: cannot be read" in result.output
-
-
 def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").write_text("in the way")
@@ -371,62 +233,6 @@ def test_help_and_usage_errors_answer_without_torch():
         assert result.stdout.endswith(expected + "\n"), result.stdout + result.stderr
 
 
-def test_force_on_a_stage_makes_it_anew_even_if_begun(run_folder):
-    part = run_folder / "train-classifier.part"
-    (run_folder / "train-classifier").rename(part)
-    facts = json.loads((part / "stage.json").read_text())
-    (part / "stage.json").unlink()
-    (part / "plan.json").write_text(json.dumps(facts))
-    (part / "state.ckpt").write_bytes(b"of no use")
-    assert invoke("train-classifier", *settings()).exit_code == 1
-    assert invoke("train-classifier", "--force", *settings()).exit_code == 0
-
-
-def test_the_exports_load_and_filter_files(run_folder, tmp_path):
-    filter, hardened = load_filter(run_folder / "export"), load_classifier(run_folder / "export" / "hardened")
-    x = torch.rand(2, 1, 8, 8)
-    assert filter(x).shape == x.shape
-    assert hardened(x).shape == (2, 10)
-    tree = tmp_path / "images" / "deep"
-    tree.mkdir(parents=True)
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
-    Image.fromarray(pixels).save(tree / "a.png")
-    result = invoke("filter", tmp_path / "images", tmp_path / "out")
-    assert result.exit_code == 0, result.output
-    expected = filter(torch.from_numpy(pixels / 255.0).float()[None, None])
-    written = np.asarray(Image.open(tmp_path / "out" / "deep" / "a.png"))
-    assert np.array_equal(written, (expected[0, 0] * 255).round().numpy().astype(np.uint8))
-    assert (tmp_path / "out" / "errors.csv").exists()
-
-    weak = filter.configured(replace(filter.config, strength=0.25))
-    save_filter(weak, tmp_path / "weak")
-    result = invoke("filter", tree / "a.png", tmp_path / "weak.png", "--filter", tmp_path / "weak")
-    assert result.exit_code == 0, result.output
-    expected = weak(torch.from_numpy(pixels / 255.0).float()[None, None])
-    written = np.asarray(Image.open(tmp_path / "weak.png"))
-    assert np.array_equal(written, (expected[0, 0] * 255).round().numpy().astype(np.uint8))
-
-
-def test_a_preset_replaces_the_settings_of_a_filter(run_folder, tmp_path):
-    filter = load_filter(run_folder / "export")
-    Image.new("L", (8, 8), 90).save(tmp_path / "a.png")
-    tables = {}
-    for name in ("single_shot", "fast", "accurate"):
-        source = tmp_path / f"in-{name}"
-        source.mkdir()
-        shutil.copy(tmp_path / "a.png", source)
-        result = invoke("filter", source, tmp_path / name, "--preset", name)
-        assert result.exit_code == 0, result.output
-        line = (tmp_path / name / "errors.csv").read_text().splitlines()[1].split(",")
-        tables[name] = int(line[2])
-        expected = filter.configured(PRESETS[name]).project(torch.full((1, 1, 8, 8), 90 / 255))
-        assert float(line[1]) == pytest.approx(float(expected.error), rel=1e-3)
-    assert tables == {name: PRESETS[name].steps for name in tables}
-    result = invoke("filter", tmp_path / "a.png", tmp_path / "b.png", "--preset", "best")
-    assert result.exit_code == 2
-    assert "--preset: expected one of reference, accurate" in result.output
-
-
 def test_a_latent_objective_needs_the_encoder_and_hardens(run_folder):
     result = invoke(
         "harden", "--force", *settings("harden.objective.name=latent", "harden.training.images=128")
@@ -434,54 +240,6 @@ def test_a_latent_objective_needs_the_encoder_and_hardens(run_folder):
     assert result.exit_code == 0, result.output
     facts = json.loads((run_folder / "harden" / "stage.json").read_text())
     assert set(facts["inputs"]) == {"train-classifier", "train-encoder"}
-
-
-def test_an_encoder_is_trained_for_a_finished_filter(finished, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = finished / "runs" / "digits" / "export" / "filter"
-    result = invoke("run", "train-encoder", *settings(f"filter={folder}", "run=on", "encoder.images=128"))
-    assert result.exit_code == 0, result.output
-    assert "train-gan" not in result.output
-    before, (generator, encoder) = load_filter(folder), load_gan(Path("runs/on/train-encoder"))
-    kept = zip(before.generator.parameters(), generator.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in kept)
-    changed = zip(before.encoder.parameters(), encoder.parameters(), strict=True)
-    assert not all(torch.equal(a, b) for a, b in changed)
-    other = invoke("run", "train-encoder", *settings("filter=none", "run=off"))
-    assert other.exit_code == 1
-    assert "none" in other.output
-    assert "Traceback" not in other.output
-
-    result = invoke("run", "train-encoder", *settings(f"filter={folder}", "run=as_it_is", "encoder.images=0"))
-    assert result.exit_code == 0, result.output
-    _, encoder = load_gan(Path("runs/as_it_is/train-encoder"))
-    kept = zip(before.encoder.parameters(), encoder.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in kept)
-    save_filter(ManifoldFilter(before.generator), tmp_path / "bare")
-    result = invoke("run", "train-encoder", *settings("filter=bare", "run=none", "encoder.images=0"))
-    assert result.exit_code == 1
-    assert "encoder.images: expected at least 1, there is no encoder yet; got 0" in result.output
-
-
-def test_a_variant_starts_from_a_folder(run_folder):
-    mine = ImageClassifier((1, 8, 8), 10, ArchitectureConfig(width=4))
-    save_classifier(mine, Path("mine"))
-    more = ("harden.start=./mine", "harden.training.images=64")
-    result = invoke("harden", "--force", *settings(*more))
-    assert result.exit_code == 0, result.output
-    assert load_classifier(run_folder / "harden" / "hardened").config.width == 4
-    assert "harden: cached" in invoke("run", "harden", *settings(*more)).output
-    with torch.no_grad():
-        mine.head.bias.add_(1.0)
-    save_classifier(mine, Path("mine"))
-    assert "harden.0.start.digest was" in invoke("harden", *settings(*more)).output
-    # Of three channels, and not there at all.
-    save_classifier(ImageClassifier((3, 8, 8), 10, ArchitectureConfig(width=4)), Path("coloured"))
-    for folder, said in (("./coloured", "images of shape (3, 8, 8) and 10 classes"), ("./gone", "gone")):
-        result = invoke("harden", "--force", *settings(f"harden.start={folder}"))
-        assert result.exit_code == 1
-        assert said in result.output
-        assert "Traceback" not in result.output
 
 
 def test_an_image_folder_goes_through_the_whole_pipeline(tmp_path, monkeypatch):

@@ -1,0 +1,108 @@
+"""What a run ships, and what it takes over: filters, encoders and classifiers from folders."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pipelines_support import invoke, settings
+
+from manifold_defense import PRESETS, ManifoldFilter, load_classifier, load_filter
+from manifold_defense.artifact import load_gan, save_classifier, save_filter
+from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
+
+
+def test_the_exports_load_and_filter_files(run_folder, tmp_path):
+    filter, hardened = load_filter(run_folder / "export"), load_classifier(run_folder / "export" / "hardened")
+    x = torch.rand(2, 1, 8, 8)
+    assert filter(x).shape == x.shape
+    assert hardened(x).shape == (2, 10)
+    tree = tmp_path / "images" / "deep"
+    tree.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    Image.fromarray(pixels).save(tree / "a.png")
+    result = invoke("filter", tmp_path / "images", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    expected = filter(torch.from_numpy(pixels / 255.0).float()[None, None])
+    written = np.asarray(Image.open(tmp_path / "out" / "deep" / "a.png"))
+    assert np.array_equal(written, (expected[0, 0] * 255).round().numpy().astype(np.uint8))
+    assert (tmp_path / "out" / "errors.csv").exists()
+
+    weak = filter.configured(replace(filter.config, strength=0.25))
+    save_filter(weak, tmp_path / "weak")
+    result = invoke("filter", tree / "a.png", tmp_path / "weak.png", "--filter", tmp_path / "weak")
+    assert result.exit_code == 0, result.output
+    expected = weak(torch.from_numpy(pixels / 255.0).float()[None, None])
+    written = np.asarray(Image.open(tmp_path / "weak.png"))
+    assert np.array_equal(written, (expected[0, 0] * 255).round().numpy().astype(np.uint8))
+
+
+def test_a_preset_replaces_the_settings_of_a_filter(run_folder, tmp_path):
+    filter = load_filter(run_folder / "export")
+    Image.new("L", (8, 8), 90).save(tmp_path / "a.png")
+    tables = {}
+    for name in ("single_shot", "fast", "accurate"):
+        source = tmp_path / f"in-{name}"
+        source.mkdir()
+        shutil.copy(tmp_path / "a.png", source)
+        result = invoke("filter", source, tmp_path / name, "--preset", name)
+        assert result.exit_code == 0, result.output
+        line = (tmp_path / name / "errors.csv").read_text().splitlines()[1].split(",")
+        tables[name] = int(line[2])
+        expected = filter.configured(PRESETS[name]).project(torch.full((1, 1, 8, 8), 90 / 255))
+        assert float(line[1]) == pytest.approx(float(expected.error), rel=1e-3)
+    assert tables == {name: PRESETS[name].steps for name in tables}
+    result = invoke("filter", tmp_path / "a.png", tmp_path / "b.png", "--preset", "best")
+    assert result.exit_code == 2
+    assert "--preset: expected one of reference, accurate" in result.output
+
+
+def test_an_encoder_is_trained_for_a_finished_filter(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = finished / "runs" / "digits" / "export" / "filter"
+    result = invoke("run", "train-encoder", *settings(f"filter={folder}", "run=on", "encoder.images=128"))
+    assert result.exit_code == 0, result.output
+    assert "train-gan" not in result.output
+    before, (generator, encoder) = load_filter(folder), load_gan(Path("runs/on/train-encoder"))
+    kept = zip(before.generator.parameters(), generator.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in kept)
+    changed = zip(before.encoder.parameters(), encoder.parameters(), strict=True)
+    assert not all(torch.equal(a, b) for a, b in changed)
+    other = invoke("run", "train-encoder", *settings("filter=none", "run=off"))
+    assert other.exit_code == 1
+    assert "none" in other.output
+    assert "Traceback" not in other.output
+
+    result = invoke("run", "train-encoder", *settings(f"filter={folder}", "run=as_it_is", "encoder.images=0"))
+    assert result.exit_code == 0, result.output
+    _, encoder = load_gan(Path("runs/as_it_is/train-encoder"))
+    kept = zip(before.encoder.parameters(), encoder.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in kept)
+    save_filter(ManifoldFilter(before.generator), tmp_path / "bare")
+    result = invoke("run", "train-encoder", *settings("filter=bare", "run=none", "encoder.images=0"))
+    assert result.exit_code == 1
+    assert "encoder.images: expected at least 1, there is no encoder yet; got 0" in result.output
+
+
+def test_a_variant_starts_from_a_folder(run_folder):
+    mine = ImageClassifier((1, 8, 8), 10, ArchitectureConfig(width=4))
+    save_classifier(mine, Path("mine"))
+    more = ("harden.start=./mine", "harden.training.images=64")
+    result = invoke("harden", "--force", *settings(*more))
+    assert result.exit_code == 0, result.output
+    assert load_classifier(run_folder / "harden" / "hardened").config.width == 4
+    assert "harden: cached" in invoke("run", "harden", *settings(*more)).output
+    with torch.no_grad():
+        mine.head.bias.add_(1.0)
+    save_classifier(mine, Path("mine"))
+    assert "harden.0.start.digest was" in invoke("harden", *settings(*more)).output
+    # Of three channels, and not there at all.
+    save_classifier(ImageClassifier((3, 8, 8), 10, ArchitectureConfig(width=4)), Path("coloured"))
+    for folder, said in (("./coloured", "images of shape (3, 8, 8) and 10 classes"), ("./gone", "gone")):
+        result = invoke("harden", "--force", *settings(f"harden.start={folder}"))
+        assert result.exit_code == 1
+        assert said in result.output
+        assert "Traceback" not in result.output

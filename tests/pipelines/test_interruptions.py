@@ -1,0 +1,144 @@
+"""Runs that were stopped, cut short or damaged: what is kept, resumed, refused and named."""
+
+import importlib
+import json
+import shutil
+
+import pytest
+import torch
+from pipelines_support import invoke, rows, settings
+from safetensors.torch import load_file
+
+from pipelines.context import Context, InterruptionError
+from pipelines.stages import STAGES
+
+
+@pytest.mark.parametrize("stage", ["train-gan", "train-encoder", "harden"])
+def test_an_interrupted_training_resumes_to_the_same_weights(run_folder, monkeypatch, stage):
+    folder = run_folder / stage
+    before = {path.relative_to(folder): load_file(path) for path in folder.rglob("*.safetensors")}
+    assert before
+    train = Context.train
+
+    def interrupted(self, loop, state, total, picture=None):
+        def until_half():
+            for record in loop:
+                yield record
+                if state["images"] >= total // 2:
+                    self.fabric.save(self.folder / "state.ckpt", state)
+                    raise InterruptionError
+
+        train(self, until_half(), state, total, picture)
+
+    shutil.rmtree(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(Context, "train", interrupted)
+        stopped = invoke(stage, *settings())
+    assert stopped.exit_code == 130
+    assert "run the same command again to resume" in stopped.output
+    assert not folder.exists()
+    assert "unfinished" in invoke("stages", *settings()).output
+
+    resumed = invoke(stage, *settings())
+    assert resumed.exit_code == 0, resumed.output
+    assert "resumed at" in resumed.output
+    for name, tensors in before.items():
+        after = load_file(folder / name)
+        assert tensors.keys() == after.keys()
+        assert all(torch.equal(tensors[key], after[key]) for key in tensors)
+
+
+def test_an_interrupted_evaluation_keeps_finished_jobs(run_folder, monkeypatch):
+    evaluation = importlib.import_module("manifold_defense.evaluation.evaluate")
+    expected = rows(run_folder)
+    shutil.rmtree(run_folder / "evaluate")
+    run_job, done = evaluation.run_job, []
+
+    def counted(job, *arguments):
+        if job.name not in done:
+            if len(done) == 5:
+                raise KeyboardInterrupt
+            done.append(job.name)
+        return run_job(job, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "run_job", counted)
+        assert invoke("evaluate", *settings()).exit_code == 130
+    kept = sorted(
+        (run_folder / "evaluate.part" / "jobs").glob("*.safetensors"), key=lambda p: p.stat().st_mtime_ns
+    )
+    assert len(kept) == 5
+    kept[1].write_bytes(b"cut short")
+
+    again = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            evaluation, "run_job", lambda job, *rest: (again.append(job.name), run_job(job, *rest))[1]
+        )
+        assert invoke("evaluate", *settings()).exit_code == 0
+    assert set(again) & set(done) == {done[1]}
+    assert rows(run_folder) == expected
+
+
+def test_unfinished_work_of_other_settings_is_not_thrown_away(run_folder):
+    shutil.rmtree(run_folder / "train-encoder")
+    part = run_folder / "train-encoder.part"
+    part.mkdir()
+    plan = {"fingerprint": "other", "version": 1, "config": {"encoder.images": 5}, "inputs": {}}
+    (part / "plan.json").write_text(json.dumps(plan))
+    result = invoke("train-encoder", *settings())
+    assert result.exit_code == 1
+    assert "unfinished work with other settings" in result.output
+    assert part.exists()
+    assert invoke("train-encoder", "--force", *settings()).exit_code == 0
+
+
+def test_a_damaged_checkpoint_is_named(run_folder):
+    plan = json.loads((run_folder / "train-gan" / "stage.json").read_text())
+    shutil.rmtree(run_folder / "train-gan")
+    part = run_folder / "train-gan.part"
+    part.mkdir()
+    (part / "plan.json").write_text(json.dumps(plan))
+    (part / "state.ckpt").write_bytes(b"PK\x03\x04 not a checkpoint")
+    result = invoke("train-gan", *settings())
+    assert result.exit_code == 1
+    assert "train-gan.part/state.ckpt: damaged checkpoint" in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("old_is_left", [True, False])
+def test_a_commit_that_was_cut_short_is_completed(run_folder, old_is_left):
+    (run_folder / "train-gan").rename(run_folder / "train-gan.part")
+    (run_folder / "train-gan.part" / "state.ckpt").touch()
+    if old_is_left:
+        (run_folder / "train-gan.old").mkdir()
+    assert invoke("run", *settings()).output.count(": cached") == len(STAGES)
+    assert not list(run_folder.glob("train-gan.*"))
+    assert not list(run_folder.rglob("state.ckpt"))
+
+
+def test_damaged_facts_are_named(run_folder):
+    (run_folder / "train-gan" / "stage.json").write_text("{")
+    result = invoke("stages", *settings())
+    assert result.exit_code == 1
+    assert "stage.json: damaged" in result.output
+
+
+def test_damaged_weights_of_an_input_are_named(run_folder):
+    weights = run_folder / "train-encoder" / "gan.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    shutil.rmtree(run_folder / "project")
+    result = invoke("project", *settings())
+    assert result.exit_code == 1
+    assert "train-encoder/gan.safetensors: cannot be read" in result.output
+
+
+def test_force_on_a_stage_makes_it_anew_even_if_begun(run_folder):
+    part = run_folder / "train-classifier.part"
+    (run_folder / "train-classifier").rename(part)
+    facts = json.loads((part / "stage.json").read_text())
+    (part / "stage.json").unlink()
+    (part / "plan.json").write_text(json.dumps(facts))
+    (part / "state.ckpt").write_bytes(b"of no use")
+    assert invoke("train-classifier", *settings()).exit_code == 1
+    assert invoke("train-classifier", "--force", *settings()).exit_code == 0
