@@ -54,6 +54,11 @@ def _channels(width: int, max_width: int, levels: int) -> list[int]:
     return [min(width * 2**level, max_width) for level in range(levels + 1)]
 
 
+def _activation() -> nn.Module:
+    """In place: what comes before it is not needed again, and memory is what these networks wait for."""
+    return nn.LeakyReLU(LEAK, inplace=True)
+
+
 def _initialise(module: nn.Module) -> None:
     """He initialisation for leaky ReLUs; biases start at zero."""
     for layer in module.modules():
@@ -95,11 +100,11 @@ class Generator(nn.Module):
         self._coarse = (sizes[-1], height >> levels, width >> levels)
 
         self.dense = nn.Linear(config.latent_dim, math.prod(self._coarse))
-        layers: list[nn.Module] = [nn.LeakyReLU(LEAK)]
+        layers: list[nn.Module] = [_activation()]
         for level in range(levels, 0, -1):
             layers += [ResidualBlock(sizes[level]) for _ in range(config.blocks)]
             layers += [nn.ConvTranspose2d(sizes[level], sizes[level - 1], 4, stride=2, padding=1)]
-            layers += [nn.LeakyReLU(LEAK)]
+            layers += [_activation()]
         layers += [ResidualBlock(sizes[0]) for _ in range(config.blocks)]
         layers += [nn.Conv2d(sizes[0], channels, 3, padding=1), nn.Sigmoid()]
         self.layers = nn.Sequential(*layers)
@@ -121,14 +126,15 @@ class _Downward(nn.Module):
         channels, height, image_width = image_shape
         levels = halvings(height, image_width)
         sizes = _channels(width, max_width, levels)
-        layers: list[nn.Module] = [nn.Conv2d(channels, sizes[0], 3, padding=1), nn.LeakyReLU(LEAK)]
+        layers: list[nn.Module] = [nn.Conv2d(channels, sizes[0], 3, padding=1), _activation()]
         for level in range(levels):
-            layers += [nn.Conv2d(sizes[level], sizes[level + 1], 4, stride=2, padding=1), nn.LeakyReLU(LEAK)]
+            layers += [nn.Conv2d(sizes[level], sizes[level + 1], 4, stride=2, padding=1), _activation()]
         flat = sizes[-1] * (height >> levels) * (image_width >> levels)
         hidden = 2 * sizes[-1]
-        layers += [nn.Flatten(), nn.Linear(flat, hidden), nn.LeakyReLU(LEAK), nn.Linear(hidden, outputs)]
+        layers += [nn.Flatten(), nn.Linear(flat, hidden), _activation(), nn.Linear(hidden, outputs)]
         self.layers = nn.Sequential(*layers)
         _initialise(self)
+        self.to(memory_format=torch.channels_last)  # faster forward and backward, as above
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.layers(2 * x - 1)

@@ -39,6 +39,9 @@ class ProjectionConfig:
     tolerance     a restart stops once its gradient is as short, in the solver's coordinates; 0 never
     chunk         latents optimised at a time, images times restarts; bounds memory, not the result
                   (0: 256 on a CPU, whose caches hold no more of them, 2048 elsewhere)
+    precision     of the generator while it is descended: full is that of the images; bfloat16 is faster
+                  where the device has it, and the same as full where it has not. G(z*) is drawn, and
+                  gradients of the projection are taken, in full
 
     Filter
     strength      how far a filter moves x towards its projection: x + strength (G(z*) − x)
@@ -65,6 +68,7 @@ class ProjectionConfig:
     target_error: float = 0.0
     tolerance: float = 0.0
     chunk: int = 0
+    precision: Literal["full", "bfloat16"] = "full"
     strength: float = 1.0
 
     def __post_init__(self) -> None:

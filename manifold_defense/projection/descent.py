@@ -17,6 +17,7 @@ from torch import Tensor
 from manifold_defense.projection.config import ProjectionConfig
 from manifold_defense.projection.losses import LOSSES
 from manifold_defense.projection.metric import Metric, mean_metric
+from manifold_defense.projection.rounding import Rounded, has_bfloat16
 from manifold_defense.projection.solvers import SOLVERS, State
 from manifold_defense.projection.starts import Bank, make_bank, starts
 from manifold_defense.types import Encoder, Generator, Projection
@@ -34,7 +35,7 @@ def project(
     """Project images (N, C, H, W) in [0, 1] onto the range of `generator`.
 
     Deterministic, and per image: neither the batch nor the caller's gradient or inference mode
-    changes the result (beyond float rounding). The result carries no gradient; see
+    changes the result (beyond rounding). The result carries no gradient; see
     `project_exactly` for one that does. A bank or metric that the config asks for is computed
     unless it is passed. Raises ValueError for anything but finite float images of the generator's
     shape in [0, 1]; an empty batch gives an empty projection.
@@ -130,6 +131,12 @@ class Problem(NamedTuple):
     config: ProjectionConfig
     metric: Metric | None
 
+    def rounded(self, device: torch.device) -> Problem:
+        """The same in the precision of the config, as far as the device has it."""
+        if self.config.precision == "full" or not has_bfloat16(device):
+            return self
+        return self._replace(generator=Rounded(self.generator))
+
     def latent(self, point: Tensor) -> Tensor:
         return point if self.metric is None else point @ self.metric.inverse
 
@@ -214,7 +221,7 @@ class _Path:
 
 def _descend(problem: Problem, x: Tensor, start: Tensor, *, record: bool = False) -> _Path:
     """Run the solver from starts (N, R, D) towards x (N, C, H, W); gradients enabled by the caller."""
-    config, pixels = problem.config, x.shape[1:].numel()
+    config, pixels, problem = problem.config, x.shape[1:].numel(), problem.rounded(x.device)
     path = _Path(start.detach().clone())
     rows = torch.arange(path.images * path.restarts, device=x.device)
     target = x.repeat_interleave(path.restarts, 0)

@@ -20,7 +20,7 @@ REFERENCE = ProjectionConfig(
 PRESETS: dict[str, ProjectionConfig] = {
     "reference": REFERENCE,
     # No more error on clean images than the reference.
-    "accurate": ProjectionConfig(solver="lbfgs", steps=12),
+    "accurate": ProjectionConfig(solver="lbfgs", steps=12, precision="bfloat16"),
     # Between the two below and above: 3 gradients, and what an L∞ attack of 0.2 may have changed is forgiven.
     "fast": ProjectionConfig(steps=3, loss="dead_zone_linf", radius=0.2),
     # The encoder alone. Every step of a solver follows the attack, so that with an encoder that was trained
