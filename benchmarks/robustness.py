@@ -59,14 +59,21 @@ KINDS: dict[str, tuple[ViewName, ...]] = {
 
 
 def make_defences(
-    model: nn.Module, filter: ManifoldFilter, presets: tuple[str, ...], proxies: Mapping[str, str]
+    model: nn.Module,
+    filter: ManifoldFilter,
+    presets: tuple[str, ...],
+    proxies: Mapping[str, str],
+    baselines: bool,
 ) -> list[Defence]:
-    """The classifier bare, behind the baselines, and behind the filter with each preset.
+    """The classifier bare and behind the baselines, if these are wanted, and behind each preset.
 
     An attacker of a preset that has a proxy takes that one's exact gradient, unaware of its own.
     """
-    defences = [Defence.bare("none", model)]
-    defences += [Defence.preprocessed(name, Preprocessed(made(), model)) for name, made in BASELINES.items()]
+    defences = []
+    if baselines:
+        defences.append(Defence.bare("none", model))
+        for name, made in BASELINES.items():
+            defences.append(Defence.preprocessed(name, Preprocessed(made(), model)))
     for name in presets:
         config = PRESETS[name]
         deployed = DefendedClassifier(filter.configured(config), model)
@@ -138,6 +145,7 @@ def set_beside(cell: dict[str, Any], earlier: list[dict[str, Any]]) -> list[dict
     "--preset", "presets", multiple=True, default=("single_shot", "fast", "accurate", "robust", "reference")
 )
 @click.option("--proxy", "proxies", multiple=True, metavar="PRESET=PRESET", help="Attacked instead.")
+@click.option("--baselines/--no-baselines", default=True, show_default=True, help="No filter; other ones.")
 @click.option("--threat", "threats", multiple=True, default=THREATS, metavar="NORM:EPS")
 @click.option("--data", default="mnist")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE")
@@ -155,6 +163,7 @@ def main(
     classifiers: tuple[str, ...],
     presets: tuple[str, ...],
     proxies: tuple[str, ...],
+    baselines: bool,
     threats: tuple[str, ...],
     data: str,
     changes: tuple[str, ...],
@@ -182,7 +191,7 @@ def main(
     for entry in classifiers:
         label, _, path = entry.partition("=")
         model = load_classifier(Path(path)).requires_grad_(False)
-        defences = make_defences(model, filter, presets, instead)
+        defences = make_defences(model, filter, presets, instead, baselines)
         for text in threats:
             norm, _, eps = text.partition(":")
             threat = Threat(cast(Norm, norm), float(eps))  # an unknown norm is refused here
