@@ -7,8 +7,8 @@
 Every preset projects the same held-out images with the same generator, by turns, `--repeats` times;
 speeds are medians, ratios are of medians. Then each projects images attacked with PGD that knows the
 classifier alone. `gemm_share` is the FLOP rate of the generator's forward and backward pass, in the
-batches that the presets use, against that of a large matrix product; a preset's own `gemm_share`
-counts its generator passes against all of its time.
+batches that the presets use, against that of a large matrix product in the same precision; a preset's
+own `gemm_share` counts its generator passes against all of its time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
 import torch
@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gan import Encoder, Generator, NetworkConfig
 from manifold_defense import PRESETS, ManifoldFilter, Projection, load_classifier, load_filter
 from manifold_defense.attacks import pgd
+from manifold_defense.projection.rounding import Rounded, has_bfloat16
 from pipelines.config import load_config
 from pipelines.data import load_data, subset, to_float
 
@@ -43,9 +44,9 @@ def timed(work: Callable[[], Result]) -> tuple[float, Result]:
     return time.perf_counter() - started, result
 
 
-def gemm_flops_per_second(device: torch.device, repeats: int = 5) -> float:
+def gemm_flops_per_second(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
     """The fastest of a few 2048³ matrix products."""
-    a = torch.randn(2048, 2048, device=device)
+    a = torch.randn(2048, 2048, device=device, dtype=dtype)
     a @ a
     return 2 * 2048**3 / min(timed(lambda: a @ a)[0] for _ in range(repeats))
 
@@ -59,17 +60,17 @@ def forward_flops(generator: nn.Module, device: torch.device) -> int:
 
 
 def gradient_flops_per_second(
-    generator: nn.Module, device: torch.device, batch: int, repeats: int = 7
+    generator: Callable[[Tensor], Tensor], z: Tensor, flops: int, repeats: int = 7
 ) -> float:
-    """Of the generator's forward and backward pass on a batch of latents, the median of a few."""
-    z = torch.randn(batch, generator.latent_dim, device=device, requires_grad=True)  # type: ignore[call-overload]
+    """Of the forward and backward pass on latents z, `flops` an image and pass; the median of a few."""
+    z.requires_grad_(True)
 
     def work() -> None:
         torch.autograd.grad(generator(z).sum(), z)
 
     work()
     seconds = statistics.median(timed(work)[0] for _ in range(repeats))
-    return 2 * batch * forward_flops(generator, device) / seconds
+    return 2 * len(z) * flops / seconds
 
 
 def growth(config: NetworkConfig, side: int, device: torch.device) -> dict[str, dict[str, float]]:
@@ -129,13 +130,19 @@ def main(
             seconds, results[name] = timed(lambda f=candidate: f.project(x))  # type: ignore[misc]
             times[name].append(seconds)
 
-    peak = gemm_flops_per_second(device)
     flops = forward_flops(filter.generator, device)
-    share = gradient_flops_per_second(filter.generator, device, filter.config.chunk_on(device.type)) / peak
+    generator: Any = filter.generator
+    z = torch.randn(filter.config.chunk_on(device.type), generator.latent_dim, device=device)
+    peaks = {"full": gemm_flops_per_second(device, torch.float32)}
+    shares = {"full": gradient_flops_per_second(generator, z, flops) / peaks["full"]}
+    if has_bfloat16(device):
+        peaks["bfloat16"] = gemm_flops_per_second(device, torch.bfloat16)
+        rate = gradient_flops_per_second(Rounded(generator), z, flops)
+        shares["bfloat16"] = rate / peaks["bfloat16"]
     medians = {name: statistics.median(values) for name, values in times.items()}
     presets = {}
     for name, candidate in filters.items():
-        result, restarts = results[name], PRESETS[name].restarts
+        result, restarts, precision = results[name], PRESETS[name].restarts, PRESETS[name].precision
         passes = 2 * float(result.steps.float().mean()) + restarts + 1  # the last losses, and the image
         presets[name] = {
             "images_per_second": len(x) / medians[name],
@@ -145,7 +152,7 @@ def main(
             "clean_accuracy": accuracy(model, result.image, y),
             "evaluations_per_image": float(result.steps.float().mean()),
             "attacked_unaware_accuracy": accuracy(model, candidate.project(x_adv).image, y[:attacked]),
-            "gemm_share": passes * flops * len(x) / medians[name] / peak,
+            "gemm_share": passes * flops * len(x) / medians[name] / peaks.get(precision, peaks["full"]),
         }
 
     click.echo(
@@ -156,7 +163,9 @@ def main(
     click.echo(f"{'':>12}" + "".join(f"{c:>26}" for c in columns))
     for name, values in presets.items():
         click.echo(f"{name:>12}" + "".join(f"{values[c]:>26.5g}" for c in columns))
-    click.echo(f"generator forward and backward: {share:.1%} of the GEMM peak of {peak / 1e9:.0f} GFLOP/s")
+    for precision, share in shares.items():
+        peak = f"the GEMM peak of {peaks[precision] / 1e9:.0f} GFLOP/s"
+        click.echo(f"generator forward and backward, {precision}: {share:.1%} of {peak}")
     grown = growth(filter.generator.config, x.shape[-1], device)  # type: ignore[arg-type]
     for what, speeds in grown.items():
         click.echo(
@@ -168,8 +177,9 @@ def main(
             "data": data,
             "multiply_adds": flops / 2,
             "presets": presets,
-            "gemm_share": share,
-            "gemm_peak_flops_per_second": peak,
+            "gemm_share": shares["full"],
+            "gemm_share_by_precision": shares,
+            "gemm_peak_flops_per_second": peaks,
             "growth_images_per_second": grown,
         }
         output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
