@@ -11,11 +11,11 @@ the end each meets the images that broke the others. Every preset is set beside 
 image, by a sign test. Threats beyond a ball, such as `--threat patch:7`, meet the attacks that are for
 them.
 Views of a preset with several restarts are those of its first restart alone, which is one of the deployed
-ones: a step through all ten of the reference costs ten times as much. `--proxy reference=accurate` attacks
-the one by PGD on the other, which presses on after fooling that, and by what broke the rest: weaker
-attacks, which flatter it, but such that can be afforded. With `--beside FILE` each preset is set beside those
-of an earlier run's JSON as well, of the same images. Baselines stand beside the filters. Every row is
-examined for masked gradients on `--checks` images, and says so.
+ones: a step through all ten of the reference costs ten times as much. `--proxy reference=accurate` puts the
+exact gradient of the one, at the latents that it finds, in the place of the other's: weaker, which flatters
+it, but it can be afforded. With `--beside FILE` each preset is set beside those of an earlier run's JSON as
+well, of the same images. Baselines stand beside the filters. Every row is examined for masked gradients on
+`--checks` images, and says so.
 """
 
 from __future__ import annotations
@@ -67,19 +67,22 @@ def make_defences(
 ) -> list[Defence]:
     """The classifier bare and behind the baselines, if these are wanted, and behind each preset.
 
-    An attacker of a preset that has a proxy takes that one's exact gradient, unaware of its own.
+    An attacker of a preset that has a proxy takes that one's exact gradient in place of its own.
     """
+
+    def first_restart(of: str) -> DefendedClassifier:
+        return DefendedClassifier(filter.configured(replace(PRESETS[of], restarts=1)), model)
+
     defences = []
     if baselines:
         defences.append(Defence.bare("none", model))
         for name, made in BASELINES.items():
             defences.append(Defence.preprocessed(name, Preprocessed(made(), model)))
     for name in presets:
-        config = PRESETS[name]
-        deployed = DefendedClassifier(filter.configured(config), model)
-        attacked = replace(PRESETS[proxies.get(name, name)], restarts=1)
-        first = DefendedClassifier(filter.configured(attacked), model)
-        views = {"unaware": first} if name in proxies else Defence.filtered(name, first).attacked
+        deployed = DefendedClassifier(filter.configured(PRESETS[name]), model)
+        views = dict(Defence.filtered(name, first_restart(name)).attacked)
+        if name in proxies:
+            views["exact"] = first_restart(proxies[name])
         defences.append(Defence(name, deployed, views))
     return defences
 
