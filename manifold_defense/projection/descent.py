@@ -194,8 +194,9 @@ class _Path:
         self.loss = start.new_full((rows,), torch.inf)  # (M,) what it costs
         self.index = torch.zeros(rows, dtype=torch.long, device=device)  # (M,) after how many steps
         self.spent = torch.zeros_like(self.index)  # (M,) gradient evaluations
-        # Which rows were still running at each step (None: all), and their states.
+        # Which rows were still running at each step (None: all), their states, loss and gradient.
         self.states: list[tuple[Tensor | None, State]] = []
+        self.slopes: list[tuple[Tensor, Tensor]] = []
 
     def offer(self, rows: Tensor, point: Tensor, loss: Tensor, k: int, *, replace: bool) -> None:
         better = torch.ones_like(loss, dtype=torch.bool) if replace else loss < self.loss[rows]
@@ -237,6 +238,8 @@ def _descend(problem: Problem, x: Tensor, start: Tensor, *, record: bool = False
         loss, distance = problem.loss(point, target)
         (gradient,) = torch.autograd.grad(loss.sum(), point)
         loss, distance = loss.detach(), distance.detach()
+        if record:
+            path.slopes.append((loss, gradient))
         path.spent[rows] += 1
         path.offer(rows, point.detach(), loss, k, replace=config.iterate == "last")
         with torch.no_grad():
@@ -282,13 +285,14 @@ class _Unrolled(torch.autograd.Function):
         winner = path.winner()
         place = torch.zeros_like(path.index)
         ctx.problem, ctx.winner, ctx.index = problem, winner, path.index[winner]
-        ctx.states = []  # of the winners that went on from there
-        for k, (rows, state) in enumerate(path.states):
+        ctx.states, ctx.slopes = [], []  # of the winners that went on from there
+        for k, ((rows, state), slope) in enumerate(zip(path.states, path.slopes, strict=True)):
             onward = winner[ctx.index > k]
             if rows is not None:
                 place[rows] = torch.arange(len(rows), device=x.device)
                 onward = place[onward]
             ctx.states.append(tuple(entry[onward] for entry in state))
+            ctx.slopes.append(tuple(entry[onward] for entry in slope))
         ctx.save_for_backward(x, start)
         return path.point[winner]
 
@@ -312,6 +316,12 @@ class _Unrolled(torch.autograd.Function):
                 image = x[onward].requires_grad_(True)
                 loss, _ = problem.loss(state[0], image)
                 (gradient,) = torch.autograd.grad(loss.sum(), state[0], create_graph=True)
+                # The values of the descent, which may have been rounded, so that the step decides as it
+                # did there; the derivatives of what was computed here.
+                loss, gradient = (
+                    made + (met - made).detach()
+                    for made, met in zip((loss, gradient), ctx.slopes[k], strict=True)
+                )
                 after = problem.step(state, loss, gradient, k, pixels)
             reached = [(e, w[onward]) for e, w in zip(after, cotangent, strict=True) if e.requires_grad]
             *before, into_x = torch.autograd.grad(

@@ -28,18 +28,17 @@ def mean_metric(generator: Generator, like: Tensor, *, samples: int = 32, seed: 
     solver needs no search for the length of its steps. Costs `samples · D` forward passes, once for
     a generator.
     """
-    dim = generator.latent_dim
-    rng = torch.Generator().manual_seed(seed)
-    z = torch.randn(samples, dim, generator=rng).to(like)
-    mean = torch.zeros(dim, dim, device=like.device, dtype=like.dtype)
-    with torch.inference_mode(False):
+    dim, rng = generator.latent_dim, torch.Generator().manual_seed(seed)
+    with torch.inference_mode(False), torch.no_grad():  # kept, and used in other modes than this caller's
+        z = torch.randn(samples, dim, generator=rng).to(like.device, like.dtype)
+        mean, identity = torch.zeros(dim, dim).to(z), torch.eye(dim).to(z)
         for part in z.split(16):
             products = Jacobian(generator, part)
-            columns = [products.along(axis.expand_as(part)).flatten(1) for axis in torch.eye(dim).to(z)]
+            columns = [products.along(axis.expand_as(part)).flatten(1) for axis in identity]
             jacobian = torch.stack(columns, 2)  # (m, P, D)
             mean += (jacobian.mT @ jacobian).sum(0) / samples
-    # Directions that the generator ignores have no scale of their own: a hundredth of the average.
-    ridge = 0.01 * mean.diagonal().mean().clamp(min=1e-12)
-    factor = torch.linalg.cholesky(mean + ridge * torch.eye(dim).to(z))
-    inverse = torch.linalg.solve_triangular(factor, torch.eye(dim).to(z), upper=False)
+        # Directions that the generator ignores have no scale of their own: a hundredth of the average.
+        ridge = 0.01 * mean.diagonal().mean().clamp(min=1e-12)
+        factor = torch.linalg.cholesky(mean + ridge * identity)
+        inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
     return Metric(factor, inverse)

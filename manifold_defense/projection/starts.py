@@ -27,8 +27,8 @@ class Bank(NamedTuple):
 def make_bank(generator: Generator, like: Tensor, size: int, seed: int) -> Bank:
     """`size` samples of the prior and their images, on the device and in the type of `like`."""
     rng = torch.Generator().manual_seed(seed)
-    z = torch.randn(size, generator.latent_dim, generator=rng).to(like)
     with torch.inference_mode(False), torch.no_grad():
+        z = torch.randn(size, generator.latent_dim, generator=rng).to(like.device, like.dtype)
         return Bank(z, torch.cat([generator(part).flatten(1) for part in z.split(512)]))
 
 

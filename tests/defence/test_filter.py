@@ -221,6 +221,23 @@ def test_the_hosts_gradient_mode(networks: Any, classifier: nn.Module, view: Any
             assert torch.equal(model(x_in + 0), expected)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [ProjectionConfig(steps=3), ProjectionConfig(steps=3, start="bank"), ProjectionConfig("lbfgs", steps=3)],
+    ids=["metric", "bank", "lbfgs"],
+)
+def test_a_first_call_in_inference_mode(networks: Any, config: ProjectionConfig) -> None:
+    """What it makes for itself there serves the calls of other modes after it."""
+    expected = ManifoldFilter(*networks, config)(images(3))
+    filter = ManifoldFilter(*networks, config)
+    with torch.inference_mode():
+        torch.testing.assert_close(filter(images(3)), expected)
+    x = images(3).requires_grad_(True)
+    image = filter(x)
+    torch.testing.assert_close(image.detach(), expected)
+    assert torch.autograd.grad(image.sum(), x)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("shape", [(64,), (3, 64), (3, 3, 8, 8), (8, 8), (3, 8, 8), (1, 1, 1, 8, 8)])
 def test_other_shapes_are_refused(networks: Any, view: Any, shape: tuple[int, ...]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from manifold_defense import PRESETS, ManifoldFilter
 from manifold_defense.projection import ProjectionConfig, project, project_exactly
 from manifold_defense.projection.rounding import Rounded, has_bfloat16
+from manifold_defense.projection.solvers import SOLVERS, State
 
 FULL = ProjectionConfig("lbfgs", steps=8)
 COARSE = replace(FULL, precision="bfloat16")
@@ -80,6 +81,32 @@ def test_the_exact_view_gives_the_deployed_image_and_a_gradient_in_full(networks
     full = project_exactly(generator, x, replace(config, precision="full"), encoder=encoder)
     (true,) = torch.autograd.grad((weights * full).sum(), x)
     assert torch.cosine_similarity(gradient.flatten(1), true.flatten(1)).min() > 0.99
+
+
+@pytest.mark.usefixtures("able")
+@pytest.mark.parametrize("solver", ["gd", "adam", "lbfgs"])
+def test_backward_takes_the_steps_that_the_descent_took(
+    networks: Any, digits: Any, solver: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In full, L-BFGS would accept other trial points than it did in bfloat16."""
+    plain, taken = SOLVERS[solver], list[Tensor]()
+
+    def noted(*arguments: Any) -> State:
+        after = plain.step(*arguments)
+        taken.append(after[0].detach().clone())
+        return after
+
+    monkeypatch.setitem(SOLVERS, solver, plain._replace(step=noted))
+    config = ProjectionConfig(solver, steps=12, iterate="last", precision="bfloat16")
+    x = digits[0][:50].clone().requires_grad_(True)
+    image = project_exactly(networks[0], x, config, encoder=networks[1])
+    forward = taken.copy()
+    taken.clear()
+    (gradient,) = torch.autograd.grad(image.sum(), x)
+    assert gradient.isfinite().all()
+    assert len(forward) == len(taken) == 12
+    for there, back in zip(forward, reversed(taken), strict=True):
+        torch.testing.assert_close(back, there, rtol=0, atol=1e-5)
 
 
 @pytest.mark.usefixtures("able")
