@@ -102,7 +102,7 @@ class ManifoldFilter(nn.Module):
 
     def project(self, x: Tensor) -> Projection:
         """The whole result for images (N, C, H, W): latents, images, errors and steps; no gradient."""
-        check_images(x, self.image_shape)
+        self._check(x)
         return project(self.generator, x, self.config, **self._aids(x))  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class ManifoldFilter(nn.Module):
         """G(z*) for images (N, C, H, W), differentiable as the view says."""
         if not (torch.is_grad_enabled() and x.requires_grad):
             return self.project(x).image
-        check_images(x, self.image_shape)
+        self._check(x)
         if self.view == "exact":
             return project_exactly(self.generator, x, self.config, **self._aids(x))  # type: ignore[arg-type]
         found = self.project(x)
@@ -136,6 +136,13 @@ class ManifoldFilter(nn.Module):
             return found.image + (mixture - mixture.detach())
         metric = self._aids(x)["metric"]
         return attach_gradient(self.generator, x, found.z, self.config, self.view, metric=metric)  # type: ignore[arg-type]
+
+    def _check(self, x: Tensor) -> None:
+        """`check_images`, and that they are of the type of the weights."""
+        check_images(x, self.image_shape)
+        weights = next(self.parameters(), x)
+        if x.dtype != weights.dtype:
+            raise ValueError(f"images: expected {weights.dtype} as the filter's weights are, got {x.dtype}")
 
     def _aids(self, x: Tensor) -> dict[str, Any]:
         """Encoder, bank and metric; the latter two are made once for a device and a type."""

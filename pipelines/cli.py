@@ -219,7 +219,12 @@ def _show_results(console: Any, config: Any, *, with_report: bool) -> None:
 def filter_command(
     source: Path, target: Path, folder: Path | None, preset: str | None, force: bool, run_name: str | None
 ) -> None:
-    """Purify an image, or a folder tree of images, and list each one's error in OUTPUT/errors.csv."""
+    """Purify an image, or a folder tree of images, and list each one's error in OUTPUT/errors.csv.
+
+    Results have the size and the channels of the filter's images: another size is cropped to the centre
+    square and resized. The error is the mean squared distance of G(z*) to the image so read. A single
+    image goes to the file OUTPUT, or into it if it is a folder.
+    """
     from rich.progress import Progress
 
     from manifold_defense.artifact import load_filter
@@ -231,7 +236,12 @@ def filter_command(
         raise click.UsageError("--filter and --run name two filters; give one of them")
     if preset is not None and preset not in PRESETS:
         raise click.UsageError(f"--preset: expected one of {', '.join(PRESETS)}, got {preset}")
-    loaded = load_filter(folder or RUNS / (run_name or "digits") / "export" / "filter")
+    place = folder or RUNS / (run_name or "digits") / "export" / "filter"
+    if folder is None and not place.exists():
+        _fail(
+            f"{place}: no such filter yet; `manifold-defense run` makes it, --filter FOLDER takes another", 1
+        )
+    loaded = load_filter(place)
     if preset is not None:
         try:
             loaded = loaded.configured(PRESETS[preset])
@@ -248,7 +258,7 @@ def filter_command(
             force=force,
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    console.print(f"{result.written} written to {target}", highlight=False, soft_wrap=True)
+    console.print(f"{result.written} written to {result.target}", highlight=False, soft_wrap=True)
     if result.unreadable:
         _fail(f"{len(result.unreadable)} unreadable: {', '.join(result.unreadable[:5])}", 1)
 
@@ -314,14 +324,16 @@ def evaluate_command(
             "--filter goes in front of a classifier of your own: give --classifier as well"
         )
     if data is not None:
-        settings = (f"data.name={data}", *settings)
+        settings = (f"data.name={json.dumps(data)}", *settings)
     if classifier is None:
         config = _load(config_file, settings, run_name)
         _stage_command("evaluate", config, force=force, remake=force, dry_run=dry_run)
         return
     from pipelines.run import statuses
 
-    settings = (*settings, f"evaluate.classifier={classifier}", f"evaluate.filter={folder or ''}")
+    # Quoted, as JSON and TOML do alike: a folder may be called 2024.
+    given = {"evaluate.classifier": classifier, "evaluate.filter": folder or ""}
+    settings = (*settings, *(f"{key}={json.dumps(value)}" for key, value in given.items()))
     config = _load(config_file, settings, run_name or "own")
     finished = statuses(config)["evaluate"][2] == "cached"
     _stage_command("evaluate", config, force=True, remake=finished or force, dry_run=dry_run)

@@ -318,6 +318,7 @@ def load_config(file: Path | None = None, settings: Iterable[str] = (), run: str
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file}: not TOML: {error}") from None
         _validate(values, str(file))
+    values.setdefault("harden", [{"name": HardenConfig.name}])  # settings may call the default by its name
     for setting in settings:
         _apply(values, setting)
         _validate(values, f"--set {setting}")
@@ -329,7 +330,7 @@ def load_config(file: Path | None = None, settings: Iterable[str] = (), run: str
 def _apply(values: dict[str, Any], setting: str) -> None:
     """Write `a.b=value` into nested tables; the value is TOML, or a bare string."""
     key, equals, text = setting.partition("=")
-    if not equals or not key.strip():
+    if not equals or not all(part.strip() for part in key.split(".")):
         raise ConfigError(f"--set {setting}: expected KEY=VALUE, such as gan.images=200_000")
     *tables, last = key.strip().split(".")
     while tables:

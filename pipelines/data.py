@@ -197,7 +197,7 @@ def _digest(lines: Sequence[str]) -> str:
     return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()[:12]
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 

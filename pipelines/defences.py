@@ -127,7 +127,7 @@ def _preprocessed(
 
 def _own_defences(source: str, folder: str, context: Context) -> list[Defence]:
     device = context.fabric.device
-    classifier = load_own(source, context.data.image_shape, device)
+    classifier = load_own(source, context.data, device)
     filter = load_own_filter(folder, context.data.image_shape, device) if folder else None
     defences = [Defence.of("own", classifier), *_baselines(context, classifier, filter)]
     if filter is not None:

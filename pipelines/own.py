@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from manifold_defense.artifact import load_classifier, load_filter
 from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.filter import ManifoldFilter
-from pipelines.data import Dataset
+from pipelines.data import Dataset, one_line, to_float
 from pipelines.stage import StageError
 
 
@@ -21,39 +22,63 @@ class OwnClassifierError(Exception):
     """A classifier cannot be had as named; one line that says why."""
 
 
-def load_own(source: str, image_shape: tuple[int, ...], device: torch.device) -> nn.Module:
+def load_own(source: str, data: Dataset, device: torch.device) -> nn.Module:
     """The module that `source`, a function without parameters or a module itself, gives.
 
-    It takes images (N, C, H, W) in [0, 1] and returns logits (N, K). Modules in the working folder
-    are found as well. Raises OwnClassifierError for whatever does not fit.
+    It takes images (N, C, H, W) in [0, 1] and returns logits (N, K) for the classes of `data`; two test
+    images and their gradient are tried. Modules in the working folder are found as well. Raises
+    OwnClassifierError for whatever does not fit.
     """
+
+    def refused(why: str) -> OwnClassifierError:
+        return OwnClassifierError(f"--classifier {source}: {why}")
+
     path, _, name = source.partition(":")
     if not path or not name:
-        raise OwnClassifierError(f"--classifier {source}: expected package.module:function")
+        raise refused("expected package.module:function")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(path), name)
-    except (ImportError, AttributeError) as error:
-        raise OwnClassifierError(f"--classifier {source}: {error}") from None
-    model = found if isinstance(found, nn.Module) else found()
-    if not isinstance(model, nn.Module):
-        raise OwnClassifierError(
-            f"--classifier {source}: expected a torch.nn.Module, got {type(model).__name__}"
-        )
-    model = model.to(device).requires_grad_(False).eval()
+    except (Exception, SystemExit) as error:
+        raise refused(_blamed(error)) from None
+    if not callable(found):
+        raise refused(f"expected a function or a torch.nn.Module, got {type(found).__name__}")
     try:
-        with torch.no_grad():
-            logits = model(torch.zeros(2, *image_shape, device=device))
-    except (RuntimeError, ValueError, TypeError) as error:
-        line = " ".join(str(error).split())
-        raise OwnClassifierError(
-            f"--classifier {source}: no answer to images of shape {tuple(image_shape)}: {line[:200]}"
-        ) from None
-    if not (isinstance(logits, torch.Tensor) and logits.dim() == 2 and len(logits) == 2):
-        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise OwnClassifierError(f"--classifier {source}: expected logits (N, K), got {shape}")
+        model = found if isinstance(found, nn.Module) else found()
+    except (Exception, SystemExit) as error:
+        raise refused(f"cannot be made: {_blamed(error)}") from None
+    if not isinstance(model, nn.Module):
+        raise refused(f"expected a torch.nn.Module, got {type(model).__name__}")
+    model = model.to(device).requires_grad_(False).eval()
+    x = to_float(data.test.images[:2]).to(device).requires_grad_(True)
+    try:
+        logits = model(x)
+        if isinstance(logits, torch.Tensor) and logits.requires_grad:
+            torch.autograd.grad(logits.sum(), x, allow_unused=True)
+    except Exception as error:
+        raise refused(f"no answer to images of shape {data.image_shape}: {_blamed(error)}") from None
+    classes = len(data.classes)
+    if not isinstance(logits, torch.Tensor) or logits.shape != (len(x), classes):
+        given = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise refused(f"expected logits (N, {classes}), a column a class; of {len(x)} images it gave {given}")
+    if not logits.is_floating_point() or not logits.isfinite().all():
+        kind = "NaN or infinity" if logits.is_floating_point() else str(logits.dtype)
+        raise refused(f"expected finite float logits, got {kind}")
     return model
+
+
+def _blamed(error: BaseException) -> str:
+    """One line: what went wrong and, if it was in a file of the user's, where."""
+    line = f"{type(error).__name__}: {one_line(error)}"[:200]
+    places = [
+        f"{frame.filename}:{frame.lineno}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).is_relative_to(os.getcwd())
+        and "site-packages" not in frame.filename
+        and frame.filename != __file__
+    ]
+    return f"{line} ({places[-1]})" if places else line
 
 
 def load_own_filter(folder: str, image_shape: tuple[int, ...], device: torch.device) -> ManifoldFilter:

@@ -35,6 +35,7 @@ class Purified(NamedTuple):
     """What `purify` did."""
 
     written: int  # images
+    target: Path  # the folder, or the file, that they went to
     unreadable: tuple[str, ...]  # files left out as corrupt, relative to the source folder
     errors_csv: Path | None  # the table of errors; None for a single image
 
@@ -49,7 +50,7 @@ class _Row(NamedTuple):
     """A line of the table; its fields are the header."""
 
     file: str
-    error: str  # mean squared distance to the input, per pixel; empty if unreadable
+    error: str  # mean squared distance of G(z*) to the input, per pixel; empty if unreadable
     steps: str  # generator gradients spent; empty if unreadable
     status: str  # "ok", or "unreadable: " and why
 
@@ -115,7 +116,7 @@ def _purify_file(
         raise PurifyError(f"{source}: {row.status}")
     if on_progress is not None:
         on_progress(1, 1)
-    return Purified(written=1, unreadable=(), errors_csv=None)
+    return Purified(written=1, target=output, unreadable=(), errors_csv=None)
 
 
 def _output_file(source: Path, target: Path) -> Path:
@@ -163,7 +164,7 @@ def _purify_folder(
         writer.writerow(_Row._fields)
         writer.writerows(rows)
     unreadable = tuple(row.file for row in rows if row.status != "ok")
-    return Purified(len(rows) - len(unreadable), unreadable, table)
+    return Purified(len(rows) - len(unreadable), target, unreadable, table)
 
 
 def _plan(source: Path, target: Path) -> list[_Task]:

@@ -112,7 +112,7 @@ def refused(filter: ManifoldFilter, source: Path, target: Path, **options: objec
 def test_an_image_becomes_its_projection(rgb: ManifoldFilter, tmp_path: Path, name: str) -> None:
     source, progress = save(tmp_path / "in.png"), []
     done = purify(rgb, source, tmp_path / name, on_progress=lambda *counts: progress.append(counts))
-    assert done == (1, (), None)
+    assert done == (1, tmp_path / name, (), None)
     assert progress == [(1, 1)]
     result = pixels(tmp_path / name)
     assert torch.equal(result, projected(rgb, pixels(source)))
@@ -215,7 +215,7 @@ def test_a_tree_becomes_its_projections_and_a_table(rgb: ManifoldFilter, tmp_pat
 
     names = sorted(TREE)
     results = [Path(name).with_suffix(".png").as_posix() for name in names]
-    assert done == (len(TREE), (), target / "errors.csv")
+    assert done == (len(TREE), target, (), target / "errors.csv")
     assert progress == [(len(TREE), len(TREE))]
     assert contents(target) == sorted([*results, "errors.csv"])
 
@@ -279,7 +279,7 @@ def test_corrupt_files_are_named_and_the_rest_done(
 def test_a_folder_of_corrupt_files_alone_gives_a_table(rgb: ManifoldFilter, tmp_path: Path) -> None:
     spoil(tmp_path / "in" / "x.png")
     done = purify(rgb, tmp_path / "in", tmp_path / "out")
-    assert done == (0, ("x.png",), tmp_path / "out" / "errors.csv")
+    assert done == (0, tmp_path / "out", ("x.png",), tmp_path / "out" / "errors.csv")
     assert contents(tmp_path / "out") == ["errors.csv"]
 
 

@@ -122,7 +122,7 @@ class Subject:
 
     def share(self, *attack: Any) -> float:
         """Of the images that are robust to `adversarial(*attack)`."""
-        return float(self.robust(self.adversarial(*attack)).float().mean())
+        return _share(self.robust(self.adversarial(*attack)))
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def gradient(s: Subject) -> Check:
     """Is there a gradient at all?"""
     flat = s.gradient(s.x).flatten(1)
     dead = (~flat.isfinite().all(1)) | (flat.abs().amax(1) == 0)
-    share = float(dead.float().mean())
+    share = _share(dead)
     words = f"the gradient is zero or not finite on {int(dead.sum())} of {len(dead)} images"
     return s.verdict("gradient", share, share <= _TOLERANCE, words)
 
@@ -157,7 +157,7 @@ def slope(s: Subject) -> Check:
     u = geometry("l2").steepest(g.nan_to_num(0, 0, 0))
     ends = [margins(s.logits(x + sign * h * u), s.y, targeted=False) for sign in (1, -1)]
     ratio = (ends[0] - ends[1]) / (2 * h) / size.clamp(min=1e-12)
-    share = float(((ratio > 0.5) & (ratio < 2)).float().mean())
+    share = _share((ratio > 0.5) & (ratio < 2))
     words = f"the gradient predicts the slope of the loss on {share:.0%} of the images only"
     return s.verdict("slope", share, share >= 0.7, words)
 
@@ -185,7 +185,7 @@ def saturation(s: Subject) -> Check:
     z = s.logits(s.x).detach().float().requires_grad_(True)
     with torch.enable_grad():
         (g,) = torch.autograd.grad(F.cross_entropy(z, s.y, reduction="sum"), z)
-    share = float((g.abs().amax(1) == 0).float().mean())
+    share = _share(g.abs().amax(1) == 0)
     words = f"the logits are so large that cross-entropy has no gradient on {share:.0%} of the images"
     return s.verdict("saturation", share, share <= _TOLERANCE, words)
 
@@ -219,6 +219,11 @@ def batch(s: Subject) -> Check:
     return s.verdict("batch", change, change <= 0.01, words)
 
 
+def _share(images: Tensor) -> float:
+    """How many of (N,) are, in double precision: a share of exactly a bound is within it."""
+    return int(images.sum()) / max(len(images), 1)
+
+
 def _spread(logits: Tensor) -> Tensor:
     """Largest less smallest logit of each image, (N, 1)."""
     return (logits.amax(1) - logits.amin(1)).clamp(min=1e-6).unsqueeze(1)
@@ -244,8 +249,8 @@ def views(s: Subject) -> Check:
 def black_box(s: Subject) -> Check:
     """Does an attack without gradients break what PGD cannot?"""
     missed = s.robust(s.adversarial("pgd")) & ~s.robust(s.adversarial("square"))
-    share = float(missed.float().mean())
-    words = f"an attack without gradients breaks {share:.0%} of the images that PGD cannot"
+    share = _share(missed)
+    words = f"{share:.0%} of the images are broken without gradients, and not by PGD"
     return s.verdict("black box", share, share <= 2 * _TOLERANCE, words)
 
 
@@ -256,7 +261,7 @@ def path(s: Subject) -> Check:
     broken = torch.zeros_like(alive)
     for t in torch.linspace(0.1, 0.9, 9).tolist():
         broken |= ~correct(s.logits(s.x + t * (x_adv - s.x)), s.y)
-    share = float((alive & broken).float().mean())
+    share = _share(alive & broken)
     words = f"{share:.0%} of the images are broken on the path to where PGD ended, not at its end"
     return s.verdict("path", share, share <= _TOLERANCE, words)
 
@@ -265,7 +270,7 @@ def convergence(s: Subject) -> Check:
     """Does a longer attack still break images that are said to be robust?"""
     if s.left is None:
         alive = s.robust(s.adversarial("pgd"))
-        (x, y), share, most = (s.x[alive], s.y[alive]), float(alive.float().mean()), 3 * _TOLERANCE
+        (x, y), share, most = (s.x[alive], s.y[alive]), _share(alive), 3 * _TOLERANCE
     else:
         (x, y), share, most = s.left, s.left_share, _FALL
     last = _LAST_REFUSED if isinstance(s.exact, RejectingClassifier) else _LAST

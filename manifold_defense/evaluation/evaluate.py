@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from manifold_defense.evaluation.checks import CHECKS, OF_THREAT, Check, examine
 from manifold_defense.evaluation.meter import COSTS, Meter
 from manifold_defense.evaluation.statistics import paired, wilson
 from manifold_defense.evaluation.suite import NO_GRADIENT, AttackConfig, Defence, Job, jobs
+from manifold_defense.projection import check_images
 from manifold_defense.randomised import seeded
 from manifold_defense.rejection import defended
 from manifold_defense.types import Threat
@@ -248,6 +249,31 @@ def _lowered(scores: Tensor, outcome: Outcome) -> Tensor:
     return lowered
 
 
+def _check(
+    defences: Sequence[Defence],
+    attacks: Sequence[AttackConfig],
+    threats: Sequence[Threat],
+    x: Tensor,
+    y: Tensor,
+    mode: str,
+) -> None:
+    """Raise ValueError for what `evaluate` cannot take."""
+    names, labels = [defence.name for defence in defences], [attack.label for attack in attacks]
+    for what, found in (("defences", names), ("attacks", labels)):
+        if len(set(found)) < len(found):
+            raise ValueError(f"{what}: expected different names, got {', '.join(found)}")
+    if not threats:
+        raise ValueError("threats: expected at least one, got none")
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode: expected one of {', '.join(get_args(Mode))}, got {mode!r}")
+    if x.dim() != 4:
+        raise ValueError(f"images: expected shape (N, C, H, W), got {tuple(x.shape)}")
+    _, channels, height, width = x.shape
+    check_images(x, (channels, height, width))
+    if y.dtype != torch.int64 or y.shape != x.shape[:1]:
+        raise ValueError(f"labels: expected {len(x)} of int64, got {y.dtype} of shape {tuple(y.shape)}")
+
+
 def evaluate(
     defences: Sequence[Defence],
     attacks: Sequence[AttackConfig],
@@ -268,11 +294,10 @@ def evaluate(
     latter. Then every defence meets the images that broke the others. At the end each is examined
     for masked gradients on the first `checks` images, and for a stronger attack on as many of those that
     were left (0: none is), under every L∞ and L2 threat; the rows of a threat under which it fails are
-    marked, and those of threats that have no checks. Names of defences must differ.
+    marked, and those of threats that have no checks. Raises ValueError for images outside [0, 1], labels
+    that are not int64, and defences or attacks of the same name.
     """
-    names = [defence.name for defence in defences]
-    if len(set(names)) < len(names):
-        raise ValueError(f"defences: expected different names, got {', '.join(names)}")
+    _check(defences, attacks, threats, x, y, mode)
     compute = compute or in_batches(max(len(x), 1))
     todo, pairs = list(jobs(defences, attacks, threats)), _transfers(defences, threats)
     balls = [threat for threat in threats if threat.norm in ("linf", "l2")] or [threats[0]]

@@ -25,7 +25,7 @@ def run(context: Context) -> dict[str, Any]:
     config, seed = context.config.evaluate, context.config.seed
     x, y = context.test_images(config.images)
     defences = make_defences(context)
-    store = _Store(context.folder / "jobs", context.main, _digest(defences))
+    store = _Store(context.folder / "jobs", context.main, _digest(defences, x[:2]))
     context.fabric.barrier()
 
     with context.progress(0, unit="jobs") as advance:
@@ -76,15 +76,31 @@ def _detection(evaluation: Evaluation, x: Tensor) -> list[dict[str, Any]]:
     return found
 
 
-def _digest(defences: list[Defence]) -> str:
-    """Of all weights and settings of filters: results of others are not these defences'."""
+def _digest(defences: list[Defence], x: Tensor) -> str:
+    """Of all weights and settings of filters, and of the answers to images x (N, C, H, W).
+
+    Results of others are not these defences': a user's code may change under the same weights.
+    """
     digest = hashlib.sha256()
+
+    def add(value: Tensor) -> None:
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+
     for defence in defences:
         if isinstance(defence.model, nn.Module):
             for value in defence.model.state_dict().values():
-                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+                add(value)
         filter = getattr(defence.model, "filter", None)
         digest.update(repr(getattr(filter, "config", None)).encode())
+        *_, strongest = defence.attacked.values()
+        images = x.detach().clone().requires_grad_(True)
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(0)  # for models that draw
+            logits = strongest(images)
+        add(logits)
+        if logits.requires_grad:
+            (slope,) = torch.autograd.grad(logits.square().sum(), images, allow_unused=True)
+            add(torch.zeros_like(images) if slope is None else slope)
     return digest.hexdigest()[:16]
 
 
@@ -159,7 +175,7 @@ def _pictures(context: Context, evaluation: Evaluation, x: Tensor, y: Tensor) ->
         if (
             job.attack is None
             or job.view != "exact"
-            or job.attack.name not in ("pgd", "apgd", "patch", "sparse")
+            or job.attack.name not in ("pgd", "apgd", "patch", "pgd_l0")
         ):
             continue
         if not isinstance(defended, DefendedClassifier) or (job.defence.name, job.threat) in seen:

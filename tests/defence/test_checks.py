@@ -224,3 +224,22 @@ def test_the_verdict_on_known_figures(check: Any, shares: dict[str, float], pass
     assert found.defence == "a"
     assert str(found).startswith("a: ")
     assert "%" in found.words
+
+
+@pytest.mark.parametrize(("dead", "passes"), [(1, True), (2, False)])
+def test_a_share_of_exactly_the_bound_is_within_it(dead: int, passes: bool) -> None:
+    """5 % of 20 images, which float32 would put above 0.05."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0]]))
+    x = torch.full((20, 1, 2, 2), 0.5)
+    x[:dead] = 0
+
+    class Dead(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            alive = (x.flatten(1).amax(1) > 0).to(x).unsqueeze(1)
+            return torch.cat([torch.ones(len(x), 1), torch.zeros(len(x), 1)], 1) + alive * model(x)
+
+    found = checks.gradient(Subject(Defence.bare("a", Dead()), LINF, x, torch.zeros(20, dtype=torch.long)))
+    assert found.figure == dead / 20
+    assert found.passed == passes

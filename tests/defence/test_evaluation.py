@@ -416,3 +416,29 @@ def test_an_answer_that_is_not_a_number_is_wrong() -> None:
     x, y = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
     outcome = run_job(Job(Defence.bare("broken", broken), None, None, None), x, y, 0)
     assert outcome.score.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"threats": []}, "threats: expected at least one"),
+        ({"mode": "fulll"}, "mode: expected one of standard, full, got 'fulll'"),
+        ({"attacks": [AttackConfig("pgd"), AttackConfig("pgd", 3)]}, "attacks: expected different names"),
+        ({"x": torch.full((4, 1, 2, 2), 1.5)}, r"images: expected values in \[0, 1\]"),
+        ({"x": torch.zeros(4, 1, 2, 2, dtype=torch.long)}, "images: expected floats"),
+        ({"x": torch.zeros(4, 4)}, r"images: expected shape \(N, C, H, W\), got \(4, 4\)"),
+        ({"y": torch.zeros(3, dtype=torch.long)}, "labels: expected 4 of int64"),
+        ({"y": torch.zeros(4, dtype=torch.int32)}, "labels: expected 4 of int64, got torch.int32"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(change: dict[str, Any], words: str) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    given: dict[str, Any] = {
+        "defences": [Defence.bare("a", model)],
+        "attacks": [AttackConfig("pgd")],
+        "threats": [Threat("linf", 0.1)],
+        "x": torch.zeros(4, 1, 2, 2),
+        "y": torch.zeros(4, dtype=torch.long),
+    }
+    with pytest.raises(ValueError, match=words):
+        evaluate(**{**given, **change})

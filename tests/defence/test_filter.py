@@ -238,6 +238,15 @@ def test_a_first_call_in_inference_mode(networks: Any, config: ProjectionConfig)
     assert torch.autograd.grad(image.sum(), x)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_images_of_another_type_than_the_weights_are_refused(networks: Any, dtype: torch.dtype) -> None:
+    """A division of numpy's gives float64."""
+    filter = ManifoldFilter(*networks, CONFIG)
+    for call in (filter, filter.project):
+        with pytest.raises(ValueError, match=f"images: expected torch.float32.*got {dtype}"):
+            call(images(3).to(dtype))
+
+
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("shape", [(64,), (3, 64), (3, 3, 8, 8), (8, 8), (3, 8, 8), (1, 1, 1, 8, 8)])
 def test_other_shapes_are_refused(networks: Any, view: Any, shape: tuple[int, ...]) -> None:

@@ -1,5 +1,6 @@
 """Configuration: composed, strict, and one line for every mistake."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,8 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
     [
         ("gan.imagess=3", "unknown key gan.imagess; did you mean gan.images?"),
         ("nothing=1", "unknown key nothing"),
+        (".=3", "expected KEY=VALUE"),
+        ("gan.=3", "expected KEY=VALUE"),
         ("gan.images=0", "images: expected at least 1, got 0"),
         ("gan.images=many", "gan.images"),
         ("gan.lr=nan", "lr"),
@@ -126,6 +129,14 @@ def test_a_bad_file_is_one_line_that_names_it(tmp_path, content, said):
         load_config(file)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("which", ["", "0.", "hardened."])
+def test_the_default_variant_goes_by_its_name(which):
+    config = load_config(None, [f"harden.{which}objective.eps=0.2"])
+    assert [variant.objective.eps for variant in config.harden] == [0.2]
+    assert replace(config, harden=Config().harden) == Config()
+    assert load_config(None, []) == Config()
 
 
 def test_known_keys_reach_into_tables():

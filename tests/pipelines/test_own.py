@@ -3,7 +3,12 @@
 import json
 
 import pytest
+import torch
 from pipelines_support import invoke
+from torch import nn
+
+from manifold_defense.evaluation import Defence
+from pipelines.stages.evaluate import _digest
 
 MODULE = """
 import torch
@@ -20,6 +25,39 @@ from manifold_defense.evaluation.baselines import BitDepth, Preprocessed
 module = classifier()
 coarse = lambda: Preprocessed(BitDepth(2), classifier())
 number = lambda: 7
+value = 7
+
+
+def absent():
+    raise KeyError("weights")
+
+
+class Answers(nn.Module):
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x):
+        return self.answer(x)
+
+
+def only_black(x):
+    assert not x.any(), "too bright"
+    return torch.zeros(len(x), 10)
+
+
+def only_without_gradient(x):
+    if x.requires_grad:
+        raise AttributeError("no gradients here")
+    return torch.zeros(len(x), 10)
+
+
+five = Answers(lambda x: x.flatten(1)[:, :5])
+whole = Answers(lambda x: torch.zeros(len(x), 10, dtype=torch.int64))
+nan = Answers(lambda x: x.flatten(1)[:, :10] * torch.nan)
+several = Answers(lambda x: (x, x))
+bright, flat = Answers(only_black), Answers(only_without_gradient)
+needy = lambda path: module
 wrong_shape = lambda: nn.Sequential(nn.Flatten(), nn.Linear(63, 10))
 images = lambda: nn.Identity()
 """
@@ -37,6 +75,8 @@ def _own(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "mine_first.py").write_text(MODULE.replace("WEIGHTS", "0"))
     (tmp_path / "mine_second.py").write_text(MODULE.replace("WEIGHTS", "1"))
+    (tmp_path / "mine_broken.py").write_text("def module(:\n")
+    (tmp_path / "mine_leaving.py").write_text("import sys\n\nsys.exit(3)\n")
 
 
 def run(*arguments):
@@ -109,6 +149,57 @@ def test_it_is_measured_anew_each_time(tmp_path):
     assert (tmp_path / "runs" / "own" / "evaluate" / "images.csv").read_text() != before
 
 
+def test_a_crash_and_a_mended_forward(tmp_path):
+    """Jobs that were finished before the crash are those of other code, and are done again."""
+    text = """
+from torch import nn
+
+
+class Model(nn.Module):
+    calls = 0
+
+    def forward(self, x):
+        Model.calls += len(x) > 2
+        if ROLL and Model.calls > 1:
+            raise RuntimeError("a bug")
+        return 9 * x.roll(ROLL, -1).flatten(1)[:, 20:30]
+
+
+module = Model()
+"""
+    for name, roll in (("mine_crashing", "1"), ("mine_mended", "0")):
+        (tmp_path / f"{name}.py").write_text(text.replace("ROLL", roll))
+    arguments = ("--run", "crash", "--set", 'evaluate.baselines=["binarise"]')
+    assert "a bug" in str(run("--classifier", "mine_crashing:module", *arguments).exception)
+    assert any((tmp_path / "runs" / "crash" / "evaluate.part" / "jobs").iterdir())
+    import mine_crashing
+
+    mine_crashing.module = __import__("mine_mended").module
+    assert run("--classifier", "mine_crashing:module", *arguments).exit_code == 0
+    assert run("--classifier", "mine_mended:module", "--run", "fresh", *arguments[2:]).exit_code == 0
+    assert metrics(tmp_path, "crash")["rows"] == metrics(tmp_path, "fresh")["rows"]
+
+
+def test_the_digest_of_defences_is_of_what_they_answer():
+    class Turned(nn.Module):
+        def __init__(self, by, draws=0.0):
+            super().__init__()
+            self.by, self.draws = by, draws
+
+        def forward(self, x):
+            return x.roll(self.by, -1).flatten(1)[:, :10] + self.draws * torch.randn(len(x), 10)
+
+    x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    state = torch.random.get_rng_state()
+    found = {}
+    for models in ((Turned(0),), (Turned(1),), (Turned(0, 0.1),), (Turned(0), Turned(0))):
+        twice = [_digest([Defence.bare(str(i), m) for i, m in enumerate(models)], x) for _ in range(2)]
+        assert twice[0] == twice[1]
+        found[models] = twice[0]
+    assert len(set(found.values())) == 4
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -117,7 +208,19 @@ def test_it_is_measured_anew_each_time(tmp_path):
         (("--classifier", "mine_first:nothing"), "has no attribute 'nothing'"),
         (("--classifier", "mine_first:number"), "expected a torch.nn.Module, got int"),
         (("--classifier", "mine_first:wrong_shape"), "no answer to images of shape (1, 8, 8)"),
-        (("--classifier", "mine_first:images"), "expected logits (N, K), got (2, 1, 8, 8)"),
+        (("--classifier", "mine_first:images"), "of 2 images it gave (2, 1, 8, 8)"),
+        (("--classifier", "mine_first:several"), "of 2 images it gave tuple"),
+        (("--classifier", "mine_first:five"), "expected logits (N, 10), a column a class"),
+        (("--classifier", "mine_first:whole"), "expected finite float logits, got torch.int64"),
+        (("--classifier", "mine_first:nan"), "expected finite float logits, got NaN"),
+        (("--classifier", "mine_first:value"), "expected a function or a torch.nn.Module, got int"),
+        (("--classifier", "mine_first:absent"), "cannot be made: KeyError: 'weights'"),
+        (("--classifier", "mine_first:needy"), "missing 1 required positional argument: 'path'"),
+        (("--classifier", "mine_first:bright"), "AssertionError: too bright"),
+        (("--classifier", "mine_first:flat"), "AttributeError: no gradients here"),
+        (("--classifier", ".mine_first:module"), "TypeError"),
+        (("--classifier", "mine_broken:module"), "SyntaxError"),
+        (("--classifier", "mine_leaving:module"), "SystemExit: 3"),
         (("--filter", "folder"), "give --classifier as well"),
         (("--classifier", "mine_first:classifier", "--data", "imagenet"), "data.name"),
     ],
@@ -127,6 +230,12 @@ def test_what_does_not_fit_is_one_line_and_usage(arguments, words):
     assert result.exit_code == 2
     assert words in result.output
     assert "Traceback" not in result.output
+
+
+def test_the_place_is_named(tmp_path):
+    (tmp_path / "mine_placed.py").write_text("def absent():\n    raise KeyError('weights')\n")
+    result = run("--classifier", "mine_placed:absent")
+    assert f"KeyError: 'weights' ({tmp_path / 'mine_placed.py'}:2)" in result.output
 
 
 def test_a_filter_that_is_not_there(tmp_path):
