@@ -165,10 +165,14 @@ class AttackConfig:
     def __post_init__(self) -> None:
         if self.name not in SPECS:
             raise ValueError(f"name: expected one of {', '.join(SPECS)}, got {self.name!r}")
-        for name, least in (("steps", 1), ("restarts", 1), ("targets", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         spec = SPECS[self.name]
+        for name, least in (("steps", 1), ("restarts", 1), ("targets", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+            unset = getattr(type(self), name)
+            if name != "targets" and getattr(spec, name) is None and value != unset:
+                raise ValueError(f"{name} of {self.name}: expected none, it has none to set; got {value}")
         if self.loss and self.loss not in spec.losses:
             known = f"one of {', '.join(spec.losses)}" if spec.losses else "none"
             raise ValueError(f"loss of {self.name}: expected {known}, got {self.loss!r}")

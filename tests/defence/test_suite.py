@@ -94,7 +94,8 @@ def test_every_attack_of_the_suite_runs_in_its_threats(name: Any, linear: Any, c
     )
     defence = Defence.filtered("inc", model)
     x, y = labelled(model, 4)
-    config = AttackConfig(name, steps=20 if name == "hop_skip_jump" else 3)
+    steps = {"steps": 20 if name == "hop_skip_jump" else 3} if SPECS[name].steps else {}
+    config = AttackConfig(name, **steps)
     sizes_of = {"l0": 3.0, "patch": 3.0, "corruption": 2.0, "l1": 1.0}
     threats = [Threat(norm, sizes_of.get(norm, 0.1)) for norm in SPECS[name].norms]
     assert all(config.applies_to(threat) for threat in threats)
@@ -136,6 +137,9 @@ def test_an_attack_is_bound_to_its_threat(config: AttackConfig, keywords: dict[s
         ("name", {"name": "autoattack"}),
         ("steps", {"steps": 0}),
         ("restarts", {"restarts": 0}),
+        ("steps", {"steps": 2.5}),
+        ("steps of fgsm", {"name": "fgsm", "steps": 100}),
+        ("restarts of fgsm", {"name": "fgsm", "restarts": 30}),
         ("targets", {"targets": -1}),
         ("targets", {"targets": 3}),
         ("loss", {"loss": "mse"}),
