@@ -203,9 +203,16 @@ def _show_results(console: Any, config: Any, *, with_report: bool) -> None:
         console.print(f"report: {folder / 'report' / 'report.md'}", highlight=False, soft_wrap=True)
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _fail(f"{folder}: cannot be made: {error.strerror}", 1)
+
+
 @main.command("filter")
 @click.argument("source", metavar="INPUT", type=click.Path(path_type=Path))
-@click.argument("target", metavar="OUTPUT", type=click.Path(path_type=Path))
+@click.argument("target", metavar="OUTPUT", type=click.Path())
 @click.option(
     "--filter", "folder", type=click.Path(path_type=Path), metavar="FOLDER", help="An exported filter."
 )
@@ -217,13 +224,13 @@ def _show_results(console: Any, config: Any, *, with_report: bool) -> None:
     "--run", "run_name", metavar="NAME", help="Use the filter that this run exported (default: digits)."
 )
 def filter_command(
-    source: Path, target: Path, folder: Path | None, preset: str | None, force: bool, run_name: str | None
+    source: Path, target: str, folder: Path | None, preset: str | None, force: bool, run_name: str | None
 ) -> None:
     """Purify an image, or a folder tree of images, and list each one's error in OUTPUT/errors.csv.
 
     Results have the size and the channels of the filter's images: another size is cropped to the centre
     square and resized. The error is the mean squared distance of G(z*) to the image so read. A single
-    image goes to the file OUTPUT, or into it if it is a folder.
+    image goes to the file OUTPUT, or into it if it is a folder or ends in a slash.
     """
     from rich.progress import Progress
 
@@ -247,6 +254,8 @@ def filter_command(
             loaded = loaded.configured(PRESETS[preset])
         except ValueError as error:  # this filter has no encoder
             raise click.UsageError(f"--preset {preset}: {error}") from None
+    if source.is_file() and target.endswith(("/", os.sep)):
+        _make_folder(Path(target))
     console = _console()
     columns = Progress.get_default_columns()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -254,7 +263,7 @@ def filter_command(
         result = purify(
             loaded,
             source,
-            target,
+            Path(target),
             force=force,
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

@@ -40,6 +40,27 @@ def test_the_exports_load_and_filter_files(run_folder, tmp_path):
     assert np.array_equal(written, (expected[0, 0] * 255).round().numpy().astype(np.uint8))
 
 
+def test_where_a_single_image_goes_is_said(run_folder, tmp_path):
+    Image.new("L", (8, 8), 90).save(tmp_path / "a.png")
+    for target, expected in (("new/", "new/a.png"), ("plain", "plain.png"), ("b.bmp", "b.bmp")):
+        result = invoke("filter", tmp_path / "a.png", f"{tmp_path}/{target}")
+        assert result.exit_code == 0, result.output
+        assert f"1 written to {tmp_path / expected}\n" in result.output
+        assert (tmp_path / expected).is_file()
+    result = invoke("filter", tmp_path / "a.png", f"{tmp_path}/plain.png/")
+    assert result.exit_code == 1
+    assert "plain.png: cannot be made: File exists" in result.output
+
+
+def test_without_a_run_the_filter_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (8, 8), 90).save(tmp_path / "a.png")
+    result = invoke("filter", "a.png", "b.png")
+    assert result.exit_code == 1
+    assert "no such filter yet" in result.output
+    assert "--filter" in result.output
+
+
 def test_a_preset_replaces_the_settings_of_a_filter(run_folder, tmp_path):
     filter = load_filter(run_folder / "export")
     Image.new("L", (8, 8), 90).save(tmp_path / "a.png")
