@@ -79,17 +79,20 @@ def _detection(evaluation: Evaluation, x: Tensor) -> list[dict[str, Any]]:
 def _digest(defences: list[Defence], x: Tensor) -> str:
     """Of all weights and settings of filters, and of the answers to images x (N, C, H, W).
 
-    Results of others are not these defences': a user's code may change under the same weights.
+    Results of others are not these defences': a user's code may change under the same weights. Answers
+    and their gradients count by a random projection to four digits, lest the rounding of a GPU, which
+    differs from call to call, be taken for another model.
     """
     digest = hashlib.sha256()
 
-    def add(value: Tensor) -> None:
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    def answered(value: Tensor) -> None:
+        weights = torch.randn(value.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        digest.update(f"{float((weights * value.detach().cpu().double()).sum()):.4g} ".encode())
 
     for defence in defences:
         if isinstance(defence.model, nn.Module):
             for value in defence.model.state_dict().values():
-                add(value)
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         filter = getattr(defence.model, "filter", None)
         digest.update(repr(getattr(filter, "config", None)).encode())
         *_, strongest = defence.attacked.values()
@@ -97,10 +100,10 @@ def _digest(defences: list[Defence], x: Tensor) -> str:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)  # for models that draw
             logits = strongest(images)
-        add(logits)
+        answered(logits)
         if logits.requires_grad:
             (slope,) = torch.autograd.grad(logits.square().sum(), images, allow_unused=True)
-            add(torch.zeros_like(images) if slope is None else slope)
+            answered(torch.zeros_like(images) if slope is None else slope)
     return digest.hexdigest()[:16]
 
 
