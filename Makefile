@@ -17,7 +17,7 @@ test: install  ## the tests, on every core
 lint: install  ## ruff and mypy
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy --strict gan manifold_defense pipelines
+	.venv/bin/mypy --strict gan manifold_defense pipelines benchmarks
 
 # BENCH="--data mnist --set data.root=PATH --filter zoo/mnist/filter --images 1000" for the MNIST figures.
 bench-projection: install  ## speed and error of the presets, on the finished digits run (`make run` first)

@@ -43,6 +43,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from inputs import benchmark, json_option
 from lightning_fabric import Fabric
 from rich.console import Console
 from torch import Tensor, nn
@@ -325,11 +326,11 @@ def versions(peers: dict[str, ModuleType]) -> dict[str, str]:
     return {name: version(name) for name in ("torch", *(PEERS[peer] for peer in peers))}
 
 
-@click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
+@benchmark(__doc__)
 @click.option("--images", default=256, type=click.IntRange(min=2, max=500))
 @click.option("--seed", default=0, type=click.IntRange(min=0))
 @click.option("--repeats", default=3, type=click.IntRange(min=1))
-@click.option("--json", "output", type=click.Path(path_type=Path))
+@json_option
 def main(images: int, seed: int, repeats: int, output: Path | None) -> None:
     torch.set_num_threads(1)
     peers = installed()

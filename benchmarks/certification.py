@@ -18,11 +18,12 @@ from typing import Any
 
 import click
 import torch
+from inputs import benchmark, data_options, folder, json_option, read_images
 from lightning_fabric import Fabric
 from torch import Tensor
 
 from gan.sampling import batch_indices
-from manifold_defense import DefendedClassifier, load_classifier, load_filter
+from manifold_defense import DefendedClassifier
 from manifold_defense.attacks import pgd
 from manifold_defense.certification import (
     Certificates,
@@ -35,13 +36,14 @@ from manifold_defense.certification import (
 from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.hardening import Noise
 from manifold_defense.hardening.training import TrainingConfig, classifier_state, train_classifier
-from pipelines.config import load_config
-from pipelines.data import ImageData, load_data, subset, to_float
+from pipelines.data import ImageData, subset, to_float
 
 RADII = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
 
 
-def trained_under_noise(folder: Path, train: ImageData, sigma: float, images: int) -> ImageClassifier:
+def trained_under_noise(
+    model: ImageClassifier, train: ImageData, sigma: float, images: int
+) -> ImageClassifier:
     config = TrainingConfig(images=images, batch_size=128, average_half_life=max(images // 20, 1))
 
     def batches(step: int) -> tuple[Tensor, Tensor]:
@@ -49,18 +51,17 @@ def trained_under_noise(folder: Path, train: ImageData, sigma: float, images: in
         return to_float(train.images[chosen]), train.labels[chosen]
 
     fabric = Fabric(accelerator="cpu", devices=1)
-    state = classifier_state(fabric, load_classifier(folder), config)
+    state = classifier_state(fabric, model, config)
     for _ in train_classifier(fabric, state, batches, config, Noise(sigma=sigma), seed=0):
         pass
     best: ImageClassifier = state["best"]
     return best
 
 
-@click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--filter", "folder", type=click.Path(exists=True, path_type=Path), required=True)
-@click.option("--classifier", type=click.Path(exists=True, path_type=Path), required=True)
-@click.option("--data", default="mnist")
-@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE")
+@benchmark(__doc__)
+@folder("--filter", "filter_folder", required=True)
+@folder("--classifier", required=True)
+@data_options("mnist")
 @click.option(
     "--sigma", "sigmas", multiple=True, default=(0.25, 0.5), type=click.FloatRange(0, min_open=True)
 )
@@ -68,12 +69,12 @@ def trained_under_noise(folder: Path, train: ImageData, sigma: float, images: in
 @click.option("--draws", default=10_000, type=click.IntRange(min=10))
 @click.option("--bank", default=20_000, type=click.IntRange(min=1))
 @click.option("--test-images", default=100, type=click.IntRange(min=1))
-@click.option("--json", "output", type=click.Path(path_type=Path))
+@json_option
 def main(
-    folder: Path,
+    filter_folder: Path,
     classifier: Path,
     data: str,
-    changes: tuple[str, ...],
+    settings: tuple[str, ...],
     sigmas: tuple[float, ...],
     images: int,
     draws: int,
@@ -81,10 +82,9 @@ def main(
     test_images: int,
     output: Path | None,
 ) -> None:
-    read = load_data(load_config(None, [f"data.name={data}", *changes]).data)
-    test = subset(read.test, min(test_images, len(read.test.labels)))
-    x, y = to_float(test.images), test.labels
-    filter = load_filter(folder)
+    read = read_images(data, settings, test_images)
+    x, y, train = read.x, read.y, read.dataset.train
+    filter = read.filter(filter_folder)
     rows: list[dict[str, Any]] = []
 
     def report(name: str, found: Certificates, seconds: float, pgd_left: list[float] | None = None) -> None:
@@ -98,7 +98,7 @@ def main(
             facts = {"test_images": len(x), "draws": draws, "bank": bank, "rows": rows}
             output.write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
-    kept = subset(read.train, min(bank, len(read.train.labels)))
+    kept = subset(train, min(bank, len(train.labels)))
     for patches, directions in ((0, 0), (50, 10)):
         started = time.perf_counter()
         model = fit_patches(to_float(kept.images), kept.labels, patches=patches, directions=directions)
@@ -116,7 +116,7 @@ def main(
         report(f"distance, {kind}", found, seconds, left)
 
     for sigma in sigmas:
-        noisy = trained_under_noise(classifier, read.train, sigma, images)
+        noisy = trained_under_noise(read.classifier(classifier), train, sigma, images)
         defended = Clipped(DefendedClassifier(filter, noisy))
         for name, model_, n in (("", noisy, draws), (" behind the filter", defended, draws // 10)):
             started = time.perf_counter()

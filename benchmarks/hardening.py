@@ -22,19 +22,19 @@ from typing import Any, cast
 
 import click
 import torch
+from inputs import Images, benchmark, data_options, folder, json_option, read_images
 from lightning_fabric import Fabric
 from torch import Tensor
 
 from gan.sampling import batch_indices, step_rng
-from manifold_defense import ManifoldFilter, load_classifier, load_filter
+from manifold_defense import ManifoldFilter
 from manifold_defense.attacks import apgd, latent_attack, overpowered_pairs, pgd, window_pgd
 from manifold_defense.attacks.objective import correct
 from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.hardening import Clean, Dual, Latent, Objective, Pgd, RobustManifold
 from manifold_defense.hardening.training import TrainingConfig, classifier_state, train_classifier
 from manifold_defense.types import Ball, Generator
-from pipelines.config import load_config
-from pipelines.data import DataConfig, Dataset, augment, load_data, subset, to_float
+from pipelines.data import augment, to_float
 
 _TIMED_STEPS = 8
 
@@ -49,13 +49,13 @@ def make_objectives(eps: float, steps: int) -> dict[str, Objective]:
     }
 
 
-def batches(
-    data: Dataset, config: DataConfig, batch_size: int, seed: int
-) -> Callable[[int], tuple[Tensor, Tensor]]:
+def batches(read: Images, batch_size: int, seed: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    train = read.dataset.train
+
     def batch(step: int) -> tuple[Tensor, Tensor]:
-        chosen = batch_indices(len(data.train.labels), batch_size, seed, step)
-        x = augment(to_float(data.train.images[chosen]), config, step_rng(seed + 1, step), shift=True)
-        return x, data.train.labels[chosen]
+        chosen = batch_indices(len(train.labels), batch_size, seed, step)
+        x = augment(to_float(train.images[chosen]), read.config, step_rng(seed + 1, step), shift=True)
+        return x, train.labels[chosen]
 
     return batch
 
@@ -117,12 +117,17 @@ def measure(
     return found
 
 
-@click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--filter", "folder", type=click.Path(path_type=Path), required=True)
-@click.option("--classifier", type=click.Path(path_type=Path), required=True, help="The clean one.")
-@click.option("--data", default="mnist")
-@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE")
-@click.option("--objective", "names", multiple=True, default=tuple(make_objectives(0.3, 1)))
+@benchmark(__doc__)
+@folder("--filter", "filter_folder", required=True)
+@folder("--classifier", required=True, help="The clean one.")
+@data_options("mnist")
+@click.option(
+    "--objective",
+    "names",
+    multiple=True,
+    type=click.Choice(list(make_objectives(0.3, 1))),
+    default=tuple(make_objectives(0.3, 1)),
+)
 @click.option(
     "--eps", default=0.3, type=click.FloatRange(min=0, min_open=True), help="L∞; L2 is five times that."
 )
@@ -131,12 +136,12 @@ def measure(
 @click.option("--batch", default=128, type=click.IntRange(min=1))
 @click.option("--seeds", default=3, type=click.IntRange(min=1))
 @click.option("--test-images", default=500, type=click.IntRange(min=1))
-@click.option("--json", "output", type=click.Path(path_type=Path))
+@json_option
 def main(
-    folder: Path,
+    filter_folder: Path,
     classifier: Path,
     data: str,
-    changes: tuple[str, ...],
+    settings: tuple[str, ...],
     names: tuple[str, ...],
     eps: float,
     steps: int,
@@ -146,17 +151,15 @@ def main(
     test_images: int,
     output: Path | None,
 ) -> None:
-    config = load_config(None, [f"data.name={data}", *changes]).data
-    read = load_data(config)
-    test = subset(read.test, min(test_images, len(read.test.labels)))
-    x, y = to_float(test.images), test.labels
-    filter, fabric = load_filter(folder), Fabric(accelerator="cpu", devices=1)
+    read = read_images(data, settings, test_images)
+    filter, fabric = read.filter(filter_folder), Fabric(accelerator="cpu", devices=1)
+    x, y = read.x, read.y
     objectives = {name: made for name, made in make_objectives(eps, steps).items() if name in names}
     aids = {"manifold": filter}
 
     every = {"pgd": Pgd(eps=eps, steps=steps), **objectives}
     cost = seconds_per_image(
-        lambda: load_classifier(classifier), every, batches(read, config, batch, 0), fabric, aids
+        lambda: read.classifier(classifier), every, batches(read, batch, 0), fabric, aids
     )
     rows = []
     for name, objective in objectives.items():
@@ -165,10 +168,8 @@ def main(
         own = replace(own, average_half_life=max(own.images // 20, 1))
         for seed in range(seeds):
             started = time.process_time()
-            state = classifier_state(fabric, load_classifier(classifier), own)
-            loop = train_classifier(
-                fabric, state, batches(read, config, batch, seed), own, objective, seed, **aids
-            )
+            state = classifier_state(fabric, read.classifier(classifier), own)
+            loop = train_classifier(fabric, state, batches(read, batch, seed), own, objective, seed, **aids)
             for _ in loop:
                 pass
             spent = time.process_time() - started

@@ -23,15 +23,14 @@ from typing import Any, TypeVar
 
 import click
 import torch
+from inputs import benchmark, data_options, folder, json_option, read_images
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gan import Encoder, Generator, NetworkConfig
-from manifold_defense import PRESETS, ManifoldFilter, Projection, load_classifier, load_filter
+from manifold_defense import PRESETS, ManifoldFilter, Projection
 from manifold_defense.attacks import pgd
 from manifold_defense.projection.rounding import Rounded, has_bfloat16
-from pipelines.config import load_config
-from pipelines.data import load_data, subset, to_float
 
 Result = TypeVar("Result")
 
@@ -55,7 +54,7 @@ def gemm_flops_per_second(device: torch.device, dtype: torch.dtype, repeats: int
 def forward_flops(generator: nn.Module, device: torch.device) -> int:
     """Of one image; the gradient in z costs as much again."""
     with FlopCounterMode(display=False) as counter:
-        generator(torch.zeros(1, generator.latent_dim, device=device))  # type: ignore[arg-type,call-overload]
+        generator(torch.zeros(1, generator.latent_dim, device=device))  # type: ignore[call-overload]
     return int(counter.get_total_flops())
 
 
@@ -89,33 +88,29 @@ def growth(config: NetworkConfig, side: int, device: torch.device) -> dict[str, 
     return {"batch": batches, "latent_dim": latents, "image_side": sides}
 
 
-@click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--filter", "folder", type=click.Path(path_type=Path), default="runs/digits/export/filter")
-@click.option(
-    "--classifier", type=click.Path(path_type=Path), help="Default: `classifier` beside the filter."
-)
-@click.option("--data", default="digits")
-@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE")
+@benchmark(__doc__)
+@folder("--filter", "filter_folder", default="runs/digits/export/filter")
+@folder("--classifier", help="Default: `classifier` beside the filter.")
+@data_options("digits")
 @click.option("--images", default=100, type=click.IntRange(min=1))
 @click.option("--attacked", default=100, type=click.IntRange(min=1), help="Images that are attacked as well.")
 @click.option("--repeats", default=3, type=click.IntRange(min=1))
-@click.option("--json", "output", type=click.Path(path_type=Path))
+@json_option
 def main(
-    folder: Path,
+    filter_folder: Path,
     classifier: Path | None,
     data: str,
-    changes: tuple[str, ...],
+    settings: tuple[str, ...],
     images: int,
     attacked: int,
     repeats: int,
     output: Path | None,
 ) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    filter = load_filter(folder).to(device)
-    model = load_classifier(classifier or folder.parent / "classifier").requires_grad_(False).to(device)
-    test = load_data(load_config(None, [f"data.name={data}", *changes]).data).test
-    test = subset(test, min(images, len(test.labels)))
-    x, y = to_float(test.images).to(device), test.labels.to(device)
+    read = read_images(data, settings, images)
+    filter = read.filter(filter_folder, device)
+    model = read.classifier(classifier or filter_folder.parent / "classifier", device).requires_grad_(False)
+    x, y = read.x.to(device), read.y.to(device)
     eps = 0.3 if data == "mnist" else 0.15
     x_adv = pgd(model, x[:attacked], y[:attacked], norm="linf", eps=eps, steps=20, stop_early=False)
 
@@ -163,9 +158,9 @@ def main(
     click.echo(f"{'':>12}" + "".join(f"{c:>26}" for c in columns))
     for name, values in presets.items():
         click.echo(f"{name:>12}" + "".join(f"{values[c]:>26.5g}" for c in columns))
-    for precision, share in shares.items():
-        peak = f"the GEMM peak of {peaks[precision] / 1e9:.0f} GFLOP/s"
-        click.echo(f"generator forward and backward, {precision}: {share:.1%} of {peak}")
+    for kind, share in shares.items():
+        peak = f"the GEMM peak of {peaks[kind] / 1e9:.0f} GFLOP/s"
+        click.echo(f"generator forward and backward, {kind}: {share:.1%} of {peak}")
     grown = growth(filter.generator.config, x.shape[-1], device)  # type: ignore[arg-type]
     for what, speeds in grown.items():
         click.echo(

@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import click
 import torch
+from inputs import NAMED_FOLDER, THREAT, benchmark, data_options, folder, json_option, read_images
 from torch import nn
 
 from manifold_defense import (
@@ -36,19 +37,14 @@ from manifold_defense import (
     DefendedClassifier,
     ManifoldFilter,
     Threat,
-    load_classifier,
-    load_filter,
 )
 from manifold_defense.evaluation import AttackConfig, Defence, Evaluation, evaluate, in_batches
-from manifold_defense.evaluation.baselines import Binarise, Blur, Jpeg, Preprocessed
+from manifold_defense.evaluation.baselines import Binarise, Blur, Jpeg, Preprocess, Preprocessed
 from manifold_defense.evaluation.statistics import paired as sign_test
 from manifold_defense.evaluation.suite import ViewName
-from manifold_defense.types import Norm
-from pipelines.config import load_config
-from pipelines.data import load_data, subset, to_float
 
 THREATS = ("linf:0.3", "l2:2.5", "l2:1.5", "linf:0.1")
-BASELINES = {"binarised": Binarise, "jpeg": Jpeg, "blurred": Blur}
+BASELINES: dict[str, Callable[[], Preprocess]] = {"binarised": Binarise, "jpeg": Jpeg, "blurred": Blur}
 # The views of each kind of attack; what is left after each stands in the table.
 KINDS: dict[str, tuple[ViewName, ...]] = {
     "unaware": ("unaware",),
@@ -141,17 +137,20 @@ def set_beside(cell: dict[str, Any], earlier: list[dict[str, Any]]) -> list[dict
     return found
 
 
-@click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--filter", "folder", type=click.Path(path_type=Path), required=True)
-@click.option("--classifier", "classifiers", multiple=True, required=True, metavar="NAME=FOLDER")
+@benchmark(__doc__)
+@folder("--filter", "filter_folder", required=True)
+@click.option("--classifier", "classifiers", multiple=True, required=True, type=NAMED_FOLDER)
 @click.option(
-    "--preset", "presets", multiple=True, default=("single_shot", "fast", "accurate", "robust", "reference")
+    "--preset",
+    "presets",
+    multiple=True,
+    type=click.Choice(list(PRESETS)),
+    default=("single_shot", "fast", "accurate", "robust", "reference"),
 )
 @click.option("--proxy", "proxies", multiple=True, metavar="PRESET=PRESET", help="Attacked instead.")
 @click.option("--baselines/--no-baselines", default=True, show_default=True, help="No filter; other ones.")
-@click.option("--threat", "threats", multiple=True, default=THREATS, metavar="NORM:EPS")
-@click.option("--data", default="mnist")
-@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE")
+@click.option("--threat", "threats", multiple=True, default=THREATS, type=THREAT)
+@data_options("mnist")
 @click.option("--images", default=200, type=click.IntRange(min=1))
 @click.option("--steps", default=40, type=click.IntRange(min=1), help="Of PGD through the exact view.")
 @click.option("--approximate-steps", default=10, type=click.IntRange(min=1), help="And through the others.")
@@ -160,16 +159,16 @@ def set_beside(cell: dict[str, Any], earlier: list[dict[str, Any]]) -> list[dict
 @click.option("--checks", default=30, type=click.IntRange(min=0), help="Images, 0: none.")
 @click.option("--batch", default=100, type=click.IntRange(min=1))
 @click.option("--beside", type=click.Path(exists=True, path_type=Path), help="JSON of an earlier run.")
-@click.option("--json", "output", type=click.Path(path_type=Path))
+@json_option
 def main(
-    folder: Path,
-    classifiers: tuple[str, ...],
+    filter_folder: Path,
+    classifiers: tuple[tuple[str, Path], ...],
     presets: tuple[str, ...],
     proxies: tuple[str, ...],
     baselines: bool,
-    threats: tuple[str, ...],
+    threats: tuple[Threat, ...],
     data: str,
-    changes: tuple[str, ...],
+    settings: tuple[str, ...],
     images: int,
     steps: int,
     approximate_steps: int,
@@ -184,20 +183,15 @@ def main(
     for name in (*instead, *instead.values()):
         if name not in PRESETS:
             raise click.UsageError(f"--proxy: expected PRESET=PRESET of {', '.join(PRESETS)}, got {name!r}")
-    filter = load_filter(folder)
     earlier = json.loads(beside.read_text(encoding="utf-8"))["rows"] if beside else []
-    test = load_data(load_config(None, [f"data.name={data}", *changes]).data).test
-    test = subset(test, min(images, len(test.labels)))
-    x, y = to_float(test.images), test.labels
+    read = read_images(data, settings, images)
+    filter, x, y = read.filter(filter_folder), read.x, read.y
     table: list[dict[str, Any]] = []
     paired: list[dict[str, Any]] = []
-    for entry in classifiers:
-        label, _, path = entry.partition("=")
-        model = load_classifier(Path(path)).requires_grad_(False)
+    for label, path in classifiers:
+        model = read.classifier(path).requires_grad_(False)
         defences = make_defences(model, filter, presets, instead, baselines)
-        for text in threats:
-            norm, _, eps = text.partition(":")
-            threat = Threat(cast(Norm, norm), float(eps))  # an unknown norm is refused here
+        for threat in threats:
             started = time.perf_counter()
             evaluation = evaluate(
                 defences,
@@ -208,7 +202,7 @@ def main(
                 checks=checks,
                 compute=in_batches(batch),
             )
-            click.echo(f"{label}, {text}: {time.perf_counter() - started:.0f} s")
+            click.echo(f"{label}, {threat.norm}:{threat.eps:g}: {time.perf_counter() - started:.0f} s")
             for defence in defences:
                 cell = {"classifier": label, **line(evaluation, defence.name, threat)}
                 table.append(cell)

@@ -23,16 +23,15 @@ from typing import Any, cast
 
 import click
 import torch
+from inputs import THREAT, benchmark, data_options, folder, json_option, read_images
 from torch import Tensor
 
-from manifold_defense import PRESETS, DefendedClassifier, Threat, load_classifier, load_filter
+from manifold_defense import PRESETS, DefendedClassifier, Threat
 from manifold_defense.attacks.norms import geometry
 from manifold_defense.attacks.objective import correct
 from manifold_defense.evaluation.adapters import art_classifier, autoattack
 from manifold_defense.evaluation.statistics import wilson
 from manifold_defense.types import Classifier, Norm
-from pipelines.config import load_config
-from pipelines.data import load_data, subset, to_float
 
 ATTACKS = ("autoattack", "hop_skip_jump")
 
@@ -86,46 +85,43 @@ def attacked(name: str, model: Classifier, x: Tensor, y: Tensor, threat: Threat,
     return torch.cat(broken)
 
 
-@click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--evaluation", type=click.Path(exists=True, path_type=Path), required=True)
+@benchmark(__doc__)
+@folder("--evaluation", required=True)
 @click.option("--defence", default="own+filter")
-@click.option("--classifier", type=click.Path(exists=True, path_type=Path), required=True)
-@click.option("--filter", "folder", type=click.Path(exists=True, path_type=Path))
+@folder("--classifier", required=True)
+@folder("--filter", "filter_folder")
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="Of the filter, if not its own.")
 @click.option("--attack", "attacks", multiple=True, default=ATTACKS, type=click.Choice(ATTACKS))
-@click.option("--threat", "threats", multiple=True, default=("linf:0.3", "l2:2.5"), metavar="NORM:EPS")
-@click.option("--data", default="mnist")
-@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE")
+@click.option("--threat", "threats", multiple=True, default=("linf:0.3", "l2:2.5"), type=THREAT)
+@data_options("mnist")
 @click.option("--survivors", "most", default=100, type=click.IntRange(min=1))
 @click.option("--batch", default=50, type=click.IntRange(min=1))
-@click.option("--json", "output", type=click.Path(path_type=Path))
+@json_option
 def main(
     evaluation: Path,
     defence: str,
     classifier: Path,
-    folder: Path | None,
+    filter_folder: Path | None,
     preset: str | None,
     attacks: tuple[str, ...],
-    threats: tuple[str, ...],
+    threats: tuple[Threat, ...],
     data: str,
-    changes: tuple[str, ...],
+    settings: tuple[str, ...],
     most: int,
     batch: int,
     output: Path | None,
 ) -> None:
     count, left = survivors(evaluation / "images.csv", defence)
-    bare = load_classifier(classifier).requires_grad_(False)
+    read = read_images(data, settings, count)
+    x, y = read.x, read.y
+    bare = read.classifier(classifier).requires_grad_(False)
     model: Classifier = bare
-    if folder is not None:
-        filter = load_filter(folder)
+    if filter_folder is not None:
+        filter = read.filter(filter_folder)
         model = DefendedClassifier(filter.configured(PRESETS[preset]) if preset else filter, bare)
-    test = load_data(load_config(None, [f"data.name={data}", *changes]).data).test
-    test = subset(test, count)
-    x, y = to_float(test.images), test.labels
     lines: list[dict[str, Any]] = []
-    for text in threats:
-        norm, _, eps = text.partition(":")
-        threat = Threat(cast(Norm, norm), float(eps))
+    for threat in threats:
+        text = f"{threat.norm}:{threat.eps:g}"
         if threat not in left:
             raise click.UsageError(f"{evaluation}: {defence} did not meet {text}")
         at = torch.tensor(left[threat][:most], dtype=torch.long)

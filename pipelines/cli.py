@@ -9,60 +9,19 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
+
+from pipelines.failures import fail, one_line
 
 # Kept light: what needs torch is imported when a command runs, so that `--help` answers at once.
 
 
-class _Failure(click.ClickException):
-    """One line on stderr and an exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(" ".join(message.split()))
-        vars(self)["exit_code"] = code  # click declares it for the class
-
-
 class _Group(click.Group):
-    """Turns what users can cause into one line; what only we can cause keeps its traceback."""
-
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with one_line("interrupted; run the same command again to resume"):
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except KeyboardInterrupt:
-            _fail("interrupted; run the same command again to resume", 130)
-        except OSError as error:
-            _fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 1)
-        except Exception as error:
-            code = _exit_code(error)
-            if code is None:
-                raise
-            _fail(str(error) or "interrupted; run the same command again to resume", code)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    raise _Failure(message, code)
-
-
-def _exit_code(error: Exception) -> int | None:
-    from manifold_defense.artifact import ArtifactError
-    from pipelines.config import ConfigError
-    from pipelines.context import InterruptionError
-    from pipelines.data import DataError
-    from pipelines.own import OwnClassifierError
-    from pipelines.purify import PurifyError
-    from pipelines.stage import StageError
-
-    if isinstance(error, (ConfigError, OwnClassifierError)):
-        return 2
-    if isinstance(error, InterruptionError):
-        return 130
-    if isinstance(error, (StageError, DataError, ArtifactError, PurifyError)):
-        return 1
-    return None
 
 
 def _quiet() -> None:
@@ -207,7 +166,7 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        _fail(f"{folder}: cannot be made: {error.strerror}", 1)
+        fail(f"{folder}: cannot be made: {error.strerror}", 1)
 
 
 @main.command("filter")
@@ -245,7 +204,7 @@ def filter_command(
         raise click.UsageError(f"--preset: expected one of {', '.join(PRESETS)}, got {preset}")
     place = folder or RUNS / (run_name or "digits") / "export" / "filter"
     if folder is None and not place.exists():
-        _fail(
+        fail(
             f"{place}: no such filter yet; `manifold-defense run` makes it, --filter FOLDER takes another", 1
         )
     loaded = load_filter(place)
@@ -269,7 +228,7 @@ def filter_command(
         )
     console.print(f"{result.written} written to {result.target}", highlight=False, soft_wrap=True)
     if result.unreadable:
-        _fail(f"{len(result.unreadable)} unreadable: {', '.join(result.unreadable[:5])}", 1)
+        fail(f"{len(result.unreadable)} unreadable: {', '.join(result.unreadable[:5])}", 1)
 
 
 def _stage_command(name: str, config: Any, *, force: bool, remake: bool, dry_run: bool) -> None:
