@@ -5,7 +5,7 @@ N images, D latent size; x images (N, C, H, W) in [0, 1], δ a perturbation of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -17,6 +17,9 @@ from gan.averaging import averaged_copy, update_average
 from gan.networks import Encoder, Generator
 from gan.optimisation import Batches, Record, State, cosine, descend
 from gan.sampling import step_rng
+
+# Images (N, C, H, W) to the same with a change in one place each, at random.
+DrawWindows = Callable[[Tensor, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class EncoderConfig:
     attack_steps  gradients that it climbs: one, in the manner of Wong, Rice & Kolter (2020), or more,
                   as PGD does (Madry et al. 2018)
     norm, eps     the ball: linf, l2, or both by turns, with a radius for each
+    windows       at L2 the climb begins at the worst of so many changes in one place, as far as the ball
+                  lets them, where the attack `window_pgd` begins; 0: from δ drawn in the ball
     ramp          share of the training over which the radius grows from 0
     clean_share   weight of the loss at δ = 0 beside the perturbed one
     """
@@ -46,6 +51,7 @@ class EncoderConfig:
     norm: Literal["linf", "l2", "both"] = "both"
     eps_linf: float = 0.15
     eps_l2: float = 1.0
+    windows: int = 0
     ramp: float = 0.5
     clean_share: float = 0.0
 
@@ -62,9 +68,20 @@ class EncoderConfig:
         for name in ("ramp", "clean_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected in [0, 1], got {getattr(self, name)}")
-        for name, least in (("images", 0), ("batch_size", 1), ("average_half_life", 1), ("attack_steps", 1)):
+        for name, least in (
+            ("images", 0),
+            ("batch_size", 1),
+            ("average_half_life", 1),
+            ("attack_steps", 1),
+            ("windows", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.windows and (self.perturbation != "adversarial" or self.norm == "linf"):
+            raise ValueError(
+                "windows: expected 0, for only an adversarial perturbation at l2, or at both, begins there; "
+                f"got {self.windows}"
+            )
         if not self.lr > 0:
             raise ValueError(f"lr: expected above 0, got {self.lr}")
         if not self.latent_weight >= 0:
@@ -85,9 +102,23 @@ def encoder_state(fabric: Fabric, encoder: Encoder, config: EncoderConfig) -> St
 
 
 def train_encoder(
-    fabric: Fabric, state: State, generator: Generator, batches: Batches, config: EncoderConfig, seed: int
+    fabric: Fabric,
+    state: State,
+    generator: Generator,
+    batches: Batches,
+    config: EncoderConfig,
+    seed: int,
+    *,
+    draw_windows: DrawWindows | None = None,
 ) -> Iterator[Record]:
-    """Train `state["encoder"]` in place until `config.images` have been seen, yielding after every step."""
+    """Train `state["encoder"]` in place until `config.images` have been seen, yielding after every step.
+
+    `draw_windows` makes what `config.windows` asks for.
+    """
+    if config.windows and draw_windows is None:
+        raise ValueError(
+            f"windows: expected `draw_windows` beside {config.windows} of them, or 0; got nothing that draws"
+        )
     encoder: nn.Module = state["encoder"]
     generator.requires_grad_(False)
     while state["images"] < config.images:
@@ -96,7 +127,7 @@ def train_encoder(
         disturbed = real
         if config.perturbation != "none":
             radius = min(1.0, state["images"] / (config.ramp * config.images)) if config.ramp else 1.0
-            disturbed = _perturbed(encoder, generator, real, config, radius, state["step"], rng)
+            disturbed = _perturbed(encoder, generator, real, config, radius, state["step"], rng, draw_windows)
         with fabric.autocast():
             reconstruction = (generator(encoder(disturbed)) - real).square().flatten(1)
             if config.perturbation != "none" and config.clean_share > 0:
@@ -125,12 +156,22 @@ def _perturbed(
     radius: float,
     step: int,
     rng: torch.Generator,
+    draw_windows: DrawWindows | None = None,
 ) -> Tensor:
     """`x + δ` in [0, 1] with δ in the ball of `config`, shrunk to the share `radius` of its size."""
     norm = config.norm if config.norm != "both" else ("linf", "l2")[step % 2]
     eps = radius * (config.eps_linf if norm == "linf" else config.eps_l2)
+
+    def errors(at: Tensor) -> Tensor:
+        error: Tensor = (generator(encoder(at)) - x).square().flatten(1).sum(1)
+        return error
+
+    from_window = norm == "l2" and config.windows > 0
     if norm == "linf":
         delta = eps * (2 * torch.rand(x.shape, generator=rng).to(x) - 1)
+    elif from_window:
+        assert draw_windows is not None
+        delta = _worst_window(errors, x, eps, config.windows, draw_windows, rng)
     else:
         delta = (
             eps
@@ -138,18 +179,41 @@ def _perturbed(
             * _unit(torch.randn(x.shape, generator=rng).to(x))
         )
     if config.perturbation == "adversarial":
-        # Both lengths cross the ball, from wherever δ began.
-        length = eps * (1.25 if config.attack_steps == 1 else 2.5 / config.attack_steps)
+        # The lengths cross the ball, from wherever δ began; a window lies at its edge, and on high ground.
+        across = 1.5 if from_window else 2.5
+        length = eps * (1.25 if config.attack_steps == 1 else across / config.attack_steps)
         for _ in range(config.attack_steps):
             at = (x + delta).clamp(0, 1).requires_grad_(True)
-            error = (generator(encoder(at)) - x).square().sum()
-            (gradient,) = torch.autograd.grad(error, at)
+            (gradient,) = torch.autograd.grad(errors(at).sum(), at)
             if norm == "linf":
                 delta = (delta + length * gradient.sign()).clamp(-eps, eps)
             else:
-                delta = delta + length * _unit(gradient)
-                delta = delta * (eps / _size(delta)).clamp(max=1.0)
+                delta = _shortened(delta + length * _unit(gradient), eps)
     return (x + delta).clamp(0, 1)
+
+
+@torch.no_grad()
+def _worst_window(
+    errors: Callable[[Tensor], Tensor],
+    x: Tensor,
+    eps: float,
+    tries: int,
+    draw_windows: DrawWindows,
+    rng: torch.Generator,
+) -> Tensor:
+    """Of so many windows, δ (N, C, H, W) no longer than eps, the one of the highest error of each image."""
+    best, highest = torch.zeros_like(x), x.new_full((len(x),), -torch.inf)
+    for _ in range(tries):
+        delta = _shortened(draw_windows(x, rng) - x, eps)
+        error = errors(x + delta)
+        higher = error > highest
+        best = torch.where(higher.view(-1, 1, 1, 1), delta, best)
+        highest = torch.where(higher, error, highest)
+    return best
+
+
+def _shortened(delta: Tensor, eps: float) -> Tensor:
+    return delta * (eps / _size(delta)).clamp(max=1.0)
 
 
 def _size(delta: Tensor) -> Tensor:

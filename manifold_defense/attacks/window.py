@@ -54,7 +54,7 @@ def window_pgd(
     def start(rows: Tensor) -> Tensor:
         best, highest = x[rows], x.new_full((len(rows),), -torch.inf)
         for _ in range(tries):
-            tried = x + shape.project(_windows(x, rng) - x, eps)
+            tried = x + shape.project(draw_windows(x, rng) - x, eps)
             tried = shape.place(x[rows], tried[rows], eps, (0.0, 1.0))
             margin = margins(model(tried), y[rows], targeted).to(highest)
             better = margin > highest
@@ -79,7 +79,7 @@ def window_pgd(
     )
 
 
-def _windows(x: Tensor, rng: torch.Generator) -> Tensor:
+def draw_windows(x: Tensor, rng: torch.Generator) -> Tensor:
     """Images (N, C, H, W) in each of which a rectangle is white or black, a channel each."""
     n, channels, *sides = x.shape
     inside = []

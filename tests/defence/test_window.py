@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from manifold_defense.attacks import apgd, pgd, window_pgd
 from manifold_defense.attacks.norms import sizes
-from manifold_defense.attacks.window import _windows
+from manifold_defense.attacks.window import draw_windows
 from tests.defence.attack_table import GREY, Linear
 
 ONES = torch.ones(3, dtype=torch.long)
@@ -34,7 +34,7 @@ def test_a_flat_place_is_left_by_windows_alone() -> None:
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 6, 9), (1, 1, 1), (2, 28, 3)])
 def test_a_window_is_one_rectangle_of_extreme_pixels(shape: Any) -> None:
     x = torch.full((40, *shape), 0.5)
-    changed = _windows(x, torch.Generator().manual_seed(0)) - x
+    changed = draw_windows(x, torch.Generator().manual_seed(0)) - x
     assert set(changed.abs().unique().tolist()) <= {0.0, 0.5}
     where = changed[:, 0] != 0
     assert all(torch.equal(where, changed[:, channel] != 0) for channel in range(shape[0]))

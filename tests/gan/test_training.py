@@ -13,7 +13,7 @@ from state_support import tensors
 from torch import Tensor, nn
 
 from gan import Encoder, Generator, NetworkConfig
-from gan.inversion import EncoderConfig, _perturbed, encoder_state, train_encoder
+from gan.inversion import EncoderConfig, _perturbed, _worst_window, encoder_state, train_encoder
 from gan.optimisation import seeded
 from gan.sampling import batch_indices, step_rng
 from gan.training import GanConfig, gan_state, train_gan
@@ -288,6 +288,74 @@ def test_perturbed_images_stay_in_the_ball(norm: Any, eps: float, kind: Any, ste
             assert (size > 0.5 * radius * eps).any()
 
 
+def corners(x: Tensor, rng: torch.Generator) -> Tensor:
+    """Images in which one of the four quarters is white."""
+    marked, rows, columns = x.clone(), SHAPE[1] // 2, SHAPE[2] // 2
+    for image, corner in zip(marked, torch.randint(4, (len(x),), generator=rng).tolist(), strict=True):
+        down, right = (corner // 2) * rows, (corner % 2) * columns
+        image[:, down : down + rows, right : right + columns] = 1
+    return marked
+
+
+def test_attacks_begin_at_the_worst_window() -> None:
+    """Of as many as are tried: with enough of four, at the worst of the four, and inside the ball."""
+    generator, encoder = (
+        seeded(3, lambda: Generator(SHAPE, NETWORK)),
+        seeded(4, lambda: Encoder(SHAPE, NETWORK)),
+    )
+    with torch.no_grad():
+        x = generator(torch.randn(30, 6, generator=torch.Generator().manual_seed(1)))
+
+    def errors(at: Tensor) -> Tensor:
+        with torch.no_grad():
+            return (generator(encoder(at)) - x).square().flatten(1).sum(1)
+
+    delta = _worst_window(errors, x, 1.2, 60, corners, step_rng(0, 0))
+    assert (delta.flatten(1).norm(dim=1) <= 1.2 + 1e-5).all()
+    each = torch.stack([x, x, x, x])
+    for corner, image in enumerate(each):
+        down, right = (corner // 2) * SHAPE[1] // 2, (corner % 2) * SHAPE[2] // 2
+        image[:, :, down : down + SHAPE[1] // 2, right : right + SHAPE[2] // 2] = 1
+    moved = each - x
+    moved = moved * (1.2 / moved.flatten(2).norm(dim=2)[..., None, None, None]).clamp(max=1)
+    worst = torch.stack([errors(x + part) for part in moved]).amax(0)
+    torch.testing.assert_close(errors(x + delta), worst)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_climb_from_a_window_stays_in_the_ball_and_gains(steps: int) -> None:
+    generator, encoder = (
+        seeded(3, lambda: Generator(SHAPE, NETWORK)),
+        seeded(4, lambda: Encoder(SHAPE, NETWORK)),
+    )
+    with torch.no_grad():
+        x = generator(torch.randn(64, 6, generator=torch.Generator().manual_seed(1)))
+    config = EncoderConfig(norm="both", eps_l2=1.2, windows=5, attack_steps=steps)
+    for radius in (0.5, 1.0):
+        got = _perturbed(encoder, generator, x, config, radius, 1, step_rng(0, 0), corners)
+        begun = _worst_window(
+            lambda at: (generator(encoder(at)) - x).square().flatten(1).sum(1),
+            x,
+            1.2 * radius,
+            5,
+            corners,
+            step_rng(0, 0),
+        )
+        assert ((got - x).flatten(1).norm(dim=1) <= 1.2 * radius + 1e-5).all()
+        with torch.no_grad():
+            errors = [(generator(encoder(at)) - x).square().mean() for at in ((x + begun).clamp(0, 1), got)]
+        assert errors[1] > errors[0]
+
+
+def test_windows_need_someone_to_draw_them(fabric: Fabric) -> None:
+    generator = seeded(3, lambda: Generator(SHAPE, NETWORK))
+    config = EncoderConfig(windows=3)
+    state = encoder_state(fabric, seeded(4, lambda: Encoder(SHAPE, NETWORK)), config)
+    loop = train_encoder(fabric, state, generator, batches_of(torch.rand(8, *SHAPE), 8), config, 0)
+    with pytest.raises(ValueError, match=r"^windows: expected `draw_windows`"):
+        next(loop)
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_more_steps_of_the_attack_on_an_encoder_raise_its_error_further(norm: Any) -> None:
     generator = seeded(3, lambda: Generator(SHAPE, NETWORK))
@@ -316,6 +384,7 @@ def test_more_steps_of_the_attack_on_an_encoder_raise_its_error_further(norm: An
         (GanConfig, "beta2", -0.1),
         (GanConfig, "loss", "hinge"),
         (EncoderConfig, "images", -1),
+        (EncoderConfig, "windows", -1),
         *((EncoderConfig, key, 0) for key in ("batch_size", "average_half_life", "attack_steps", "lr")),
         (EncoderConfig, "latent_weight", -0.1),
         (EncoderConfig, "perturbation", "fgsm"),
@@ -327,3 +396,9 @@ def test_more_steps_of_the_attack_on_an_encoder_raise_its_error_further(norm: An
 def test_a_config_names_its_bad_key(config: Any, key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{key}: expected"):
         config(**{key: value})
+
+
+@pytest.mark.parametrize("settings", [{"perturbation": "noise"}, {"perturbation": "none"}, {"norm": "linf"}])
+def test_windows_where_no_attack_begins_there_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^windows: expected 0"):
+        EncoderConfig(windows=4, **settings)
