@@ -84,7 +84,11 @@ def test_a_preset_replaces_the_settings_of_a_filter(run_folder, tmp_path):
 def test_an_encoder_is_trained_for_a_finished_filter(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = finished / "runs" / "digits" / "export" / "filter"
-    result = invoke("run", "train-encoder", *settings(f"filter={folder}", "run=on", "encoder.images=128"))
+    result = invoke(
+        "run",
+        "train-encoder",
+        *settings(f"filter={folder}", "run=on", "encoder.images=128", "encoder.windows=2"),
+    )
     assert result.exit_code == 0, result.output
     assert "train-gan" not in result.output
     before, (generator, encoder) = load_filter(folder), load_gan(Path("runs/on/train-encoder"))
