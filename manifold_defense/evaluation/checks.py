@@ -8,7 +8,7 @@ the defence's figures are no robustness figures; passing all proves nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -20,13 +20,24 @@ from manifold_defense.attacks import fgsm, geometry, noise, pgd, square
 from manifold_defense.attacks.objective import correct, evaluation_mode, logits_and_gradient, margins
 from manifold_defense.evaluation.suite import AttackConfig, Defence
 from manifold_defense.rejection import RejectingClassifier, defended
-from manifold_defense.types import Classifier, Threat
+from manifold_defense.types import Classifier, Norm, Threat
 
 # By how much two shares of a few dozen images may differ by chance.
 _TOLERANCE = 0.05
 # The attacks that are to find nothing more, and by how much they may lower a figure.
-_LAST: tuple[AttackConfig, ...] = (AttackConfig("apgd", 100), AttackConfig("window_pgd", 20, 3))
+_IN_BALL = (AttackConfig("apgd", 100), AttackConfig("window_pgd", 20, 3))
+_LAST: Mapping[Norm, tuple[AttackConfig, ...]] = {
+    "linf": _IN_BALL,
+    "l2": _IN_BALL,
+    "l1": _IN_BALL,
+    "l0": (AttackConfig("pgd_l0", 50, 3, "both"), AttackConfig("sparse_rs", 2000)),
+    "patch": (AttackConfig("patch", 40, 3, "both"),),
+    "corruption": (AttackConfig("corruption", 10),),
+}
 _LAST_REFUSED = (AttackConfig("detector_aware", 100),)
+# Under these threats every check is asked, under others whether the attacks have converged.
+BALLS: tuple[Norm, ...] = ("linf", "l2")
+_STAND_IN = Threat("linf", 0.1)
 _FALL = 0.02
 
 
@@ -55,7 +66,7 @@ class Check:
 
 @dataclass
 class Subject:
-    """A defence under examination: images (N, C, H, W), labels (N,), an L∞ or L2 threat.
+    """A defence under examination: images (N, C, H, W), labels (N,), a threat.
 
     `left` are images (M, C, H, W) and labels (M,) that other attacks could not break, a sample of the
     share `left_share` of all; without, those are taken that `adversarial` leaves. Results of attacks are
@@ -273,7 +284,8 @@ def convergence(s: Subject) -> Check:
         (x, y), share, most = (s.x[alive], s.y[alive]), _share(alive), 3 * _TOLERANCE
     else:
         (x, y), share, most = s.left, s.left_share, _FALL
-    last = _LAST_REFUSED if isinstance(s.exact, RejectingClassifier) else _LAST
+    refuses = isinstance(s.exact, RejectingClassifier) and s.threat.norm in BALLS
+    last = _LAST_REFUSED if refuses else _LAST[s.threat.norm]
     seed = s.seed + 1_000_003  # not a start that the attacks before had
     press = s.defence.draws > 1
     held = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -339,18 +351,21 @@ def examine(
 
     `left` are images and labels of those that an evaluation could not break, or some of them, and
     `left_share` the robust accuracy that it states; without, those are taken that PGD of `steps`
-    leaves. Where `threat` is no L∞ or L2 ball, L∞ 0.1 stands in for it, and `left` is not looked at.
+    leaves. Where `threat` is no L∞ or L2 ball, L∞ 0.1 stands in for it, but for what is `left`: whether a
+    longer attack breaks that is asked of every threat.
     Images that the defence gets wrong to begin with say nothing and are left out.
     """
-    if threat.norm not in ("linf", "l2"):
-        threat, left = Threat("linf", 0.1), None
-    subject = Subject(defence, threat, x, y, steps, seed)
-    right = correct(subject.logits(x), y)
+    right = correct(Subject(defence, threat, x, y).logits(x), y)
     if not right.any():
         return []
-    subject = Subject(defence, threat, x[right], y[right], steps, seed, left, left_share)
-    found = [(check, check(subject)) for check in checks]
-    return [
-        replace(made, norm=threat.norm, eps=threat.eps) if check in OF_THREAT else made
-        for check, made in found
-    ]
+    x, y = x[right], y[right]
+    own = Subject(defence, threat, x, y, steps, seed, left, left_share)
+    subject = own if threat.norm in BALLS else Subject(defence, _STAND_IN, x, y, steps, seed)
+    found = []
+    for check in checks:
+        asked = own if check is convergence and left is not None else subject
+        made = check(asked)
+        if check in OF_THREAT:
+            made = replace(made, norm=asked.threat.norm, eps=asked.threat.eps)
+        found.append(made)
+    return found

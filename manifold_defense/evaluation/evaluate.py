@@ -18,7 +18,7 @@ from torch import Tensor
 
 from manifold_defense.attacks.norms import sizes
 from manifold_defense.attacks.objective import correct, evaluation_mode
-from manifold_defense.evaluation.checks import CHECKS, OF_THREAT, Check, examine
+from manifold_defense.evaluation.checks import BALLS, CHECKS, OF_THREAT, Check, convergence, examine
 from manifold_defense.evaluation.meter import COSTS, Meter
 from manifold_defense.evaluation.statistics import paired, wilson
 from manifold_defense.evaluation.suite import NO_GRADIENT, AttackConfig, Defence, Job, jobs
@@ -293,15 +293,16 @@ def evaluate(
     Cheap attacks come before dear ones, so that in mode `standard` few images are left for the
     latter. Then every defence meets the images that broke the others. At the end each is examined
     for masked gradients on the first `checks` images, and for a stronger attack on as many of those that
-    were left (0: none is), under every L∞ and L2 threat; the rows of a threat under which it fails are
-    marked, and those of threats that have no checks. Raises ValueError for images outside [0, 1], labels
+    were left (0: none is): under every L∞ and L2 threat by all checks, under others for the stronger attack
+    alone. The rows of a threat under which it fails are marked, and those of threats that are no such ball
+    if it fails under one. Raises ValueError for images outside [0, 1], labels
     that are not int64, and defences or attacks of the same name.
     """
     _check(defences, attacks, threats, x, y, mode)
     compute = compute or in_batches(max(len(x), 1))
     todo, pairs = list(jobs(defences, attacks, threats)), _transfers(defences, threats)
-    balls = [threat for threat in threats if threat.norm in ("linf", "l2")] or [threats[0]]
-    examined = list(product(defences, balls)) if checks and len(x) else []
+    first = next((threat for threat in threats if threat.norm in BALLS), threats[0])
+    examined = list(product(defences, threats)) if checks and len(x) else []
     ledger, outcomes = _Ledger(mode), list[tuple[Job, Outcome]]()
     total = len(todo) + len(pairs) + len(examined)
 
@@ -348,7 +349,7 @@ def evaluate(
             left=(x[at], y[at]),
             left_share=float(score.mean()),
             seed=seed,
-            checks=CHECKS if threat is balls[0] else OF_THREAT,
+            checks=CHECKS if threat is first else OF_THREAT if threat.norm in BALLS else (convergence,),
         )
         on_progress(len(outcomes) + done, total)
     rows = [*ledger.rows, *_worst_rows(defences, ledger.worst)]
@@ -364,14 +365,17 @@ def evaluate(
 
 
 def _masked(row: Row, checks: Sequence[Check]) -> bool:
-    """Whether a failed check speaks of this row: one of the model, of its threat, or any if it has none."""
-    own = [check for check in checks if check.defence == row.defence]
-    examined = any((check.norm, check.eps) == (row.norm, row.eps) for check in own)
-    return any(
-        check.norm is None or not examined or (check.norm, check.eps) == (row.norm, row.eps)
-        for check in own
-        if not check.passed
-    )
+    """Whether a failed check speaks of this row.
+
+    One of the model does, one of its threat, of any ball if its own threat is none, and any of the union.
+    """
+
+    def speaks(check: Check) -> bool:
+        if check.norm is None or (check.norm, check.eps) == (row.norm, row.eps):
+            return True
+        return row.norm == UNION or (check.norm in BALLS and row.norm not in (None, *BALLS))
+
+    return any(check.defence == row.defence and speaks(check) for check in checks if not check.passed)
 
 
 def _transfers(defences: Sequence[Defence], threats: Sequence[Threat]) -> list[Job]:

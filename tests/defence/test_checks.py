@@ -167,6 +167,27 @@ def test_images_that_a_longer_attack_still_breaks_are_told(learned: Any) -> None
     assert all(c.passed for c in rare)  # of a hundredth of the images little can be lost
 
 
+@pytest.mark.parametrize(
+    "threat", [Threat("patch", 4), Threat("l0", 12), Threat("corruption", 5), Threat("l1", 4)]
+)
+def test_what_is_left_of_any_threat_is_attacked_within_it(threat: Threat, learned: Any) -> None:
+    """All else is asked at L∞ 0.1, whose answers do not depend on what is left."""
+    model, x, y = learned
+    honest = Defence.bare("honest", model)
+    with torch.no_grad():
+        right = model(x).argmax(1) == y
+    x, y = x[right], y[right]
+    found = {c.name: c for c in examine(honest, threat, x, y, left=(x, y), left_share=1.0)}
+    assert len(found) == len(CHECKS)
+    convergence = found.pop("convergence")
+    assert (convergence.norm, convergence.eps) == (threat.norm, threat.eps)
+    assert not convergence.passed
+    assert convergence.figure > 0.3
+    assert {(c.norm, c.eps) for c in found.values()} == {(None, 0.0), ("linf", 0.1)}
+    alone = {c.name: c for c in examine(honest, threat, x, y)}
+    assert (alone.pop("convergence").norm, alone) == ("linf", found)
+
+
 def test_a_refusal_holds(learned: Any, linear: Any) -> None:
     model, x, y = learned
     filter = ManifoldFilter(linear.float(), config=ProjectionConfig("gd", "origin", steps=5))

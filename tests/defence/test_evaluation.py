@@ -361,11 +361,27 @@ def test_what_is_masked_under_one_threat_is_marked_there() -> None:
     found = evaluate([Defence.bare("flat", Flat())], attacks, [LINF, far, patch], x, y, checks=20)
     assert {(c.name, c.norm) for c in found.checks if not c.passed} >= {("convergence", "l2")}
     assert all(c.passed for c in found.checks if c.norm != "l2")
-    assert all(c.norm in (None, "linf", "l2") for c in found.checks)
+    assert [c.name for c in found.checks if c.norm == "patch"] == ["convergence"]
     worst = {r.norm: r for r in found.rows if r.attack == "worst"}
     assert worst["l2"].robust_accuracy == worst["linf"].robust_accuracy == 1
-    # A patch has no checks of its own, and a union is as good as its worst.
+    # What is masked in a ball may be so under a patch, and a union is as good as its worst.
     assert {norm for norm, r in worst.items() if r.masked} == {"l2", "patch", "union"}
+
+
+def test_a_weak_attack_is_told_under_a_threat_that_is_no_ball(classifier: nn.Module) -> None:
+    """Its rows are marked, and the union's; those of the ball are not."""
+    x, y = labelled(classifier)
+    attacks = [
+        AttackConfig("apgd", 60),
+        AttackConfig("window_pgd", 30, 10),
+        AttackConfig("sparse_rs", steps=1),
+    ]
+    found = evaluate([Defence.bare("honest", classifier)], attacks, [LINF, Threat("l0", 6)], x, y)
+    failed = {(c.name, c.norm) for c in found.checks if not c.passed}
+    assert failed == {("convergence", "l0")}
+    worst = {r.norm: r for r in found.rows if r.attack == "worst"}
+    assert worst["l0"].robust_accuracy > 0
+    assert {norm for norm, r in worst.items() if r.masked} == {"l0", "union"}
 
 
 def test_an_attack_on_a_model_that_draws_presses_on() -> None:
