@@ -15,7 +15,7 @@ WEIGHTS = sorted(MNIST.glob("*/*.safetensors"))
 
 
 def test_there_is_a_filter_and_its_classifiers() -> None:
-    names = ["classifier", "classifier-behind", "classifier-pgd", "filter", "undefended"]
+    names = ["classifier", "classifier-behind", "classifier-pgd", "filter", "filter-windows", "undefended"]
     assert [path.parent.name for path in WEIGHTS] == names
 
 
@@ -28,8 +28,9 @@ def test_weights_are_those_of_the_card(path: Path) -> None:
         assert word in card
 
 
-def test_the_filter_redraws_its_own_drawings_and_not_noise() -> None:
-    filter = load_filter(MNIST / "filter")
+@pytest.mark.parametrize("name", ["filter", "filter-windows"])
+def test_a_filter_redraws_its_own_drawings_and_not_noise(name: str) -> None:
+    filter = load_filter(MNIST / name)
     assert filter.config == PRESETS["robust"]
     assert filter.image_shape == (1, 28, 28)
     accurate = filter.configured(PRESETS["accurate"])
@@ -41,6 +42,14 @@ def test_the_filter_redraws_its_own_drawings_and_not_noise() -> None:
     assert accurate.project(noise).error.mean() > 0.1
     # Ink: the drawings are neither empty nor full.
     assert 0.05 < float(drawn.mean()) < 0.4
+
+
+def test_the_filters_have_one_generator_and_two_encoders() -> None:
+    ours, other = load_filter(MNIST / "filter"), load_filter(MNIST / "filter-windows")
+    pairs = zip(ours.generator.parameters(), other.generator.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    x = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(ours(x), other(x))
 
 
 @pytest.mark.parametrize(

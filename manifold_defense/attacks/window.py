@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -12,7 +13,8 @@ from manifold_defense.attacks.norms import column, geometry
 from manifold_defense.attacks.objective import margins
 from manifold_defense.types import Classifier, Norm
 
-_LARGEST = 0.3  # side of a window, as a share of the image's
+# The longest side of a window, and of one that holds a piece of another image, as shares of the image's.
+_WINDOW, _PIECE = 0.3, 0.6
 
 
 def window_pgd(
@@ -37,7 +39,9 @@ def window_pgd(
     lets it; the first moves of the Square attack are of this kind (Andriushchenko et al. 2020). Spread
     over an image the same length changes no pixel by more than a hardened classifier ignores, and from
     there its gradient leads nowhere: at L2 2.5 PGD leaves most images of one that was hardened at L∞
-    0.3, and this attack nearly none (docs/results.md). `step_size` is that of the first step, in
+    0.3, and this attack nearly none (docs/results.md). Of every four restarts the last two fill the
+    window with a piece of another image of the batch, which breaks what has learnt to undo plain ones;
+    what is found so depends on the batch. `step_size` is that of the first step, in
     pixels, and falls linearly to zero; by default 0.3 eps. A restart costs `tries` forward passes and
     `steps` gradients. Returns the image of the highest margin found, the clean one included.
     """
@@ -49,12 +53,15 @@ def window_pgd(
     longest = 0.3 * eps if step_size is None else step_size
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()
+    restart = itertools.count()
 
     @torch.no_grad()
     def start(rows: Tensor) -> Tensor:
+        # Two and two, since two losses take turns.
+        draw = draw_pieces if next(restart) % 4 >= 2 and len(x) > 1 else draw_windows
         best, highest = x[rows], x.new_full((len(rows),), -torch.inf)
         for _ in range(tries):
-            tried = x + shape.project(draw_windows(x, rng) - x, eps)
+            tried = x + shape.project(draw(x, rng) - x, eps)
             tried = shape.place(x[rows], tried[rows], eps, (0.0, 1.0))
             margin = margins(model(tried), y[rows], targeted).to(highest)
             better = margin > highest
@@ -81,15 +88,28 @@ def window_pgd(
 
 def draw_windows(x: Tensor, rng: torch.Generator) -> Tensor:
     """Images (N, C, H, W) in each of which a rectangle is white or black, a channel each."""
-    n, channels, *sides = x.shape
+    where = _rectangles(x, _WINDOW, rng)
+    colour = (torch.rand(len(x), x.shape[1], 1, 1, generator=rng) < 0.5).to(x)
+    return torch.where(where, colour, x)
+
+
+def draw_pieces(x: Tensor, rng: torch.Generator) -> Tensor:
+    """Images (N, C, H, W), at least two, in each of which a rectangle is that of another one of them."""
+    where = _rectangles(x, _PIECE, rng)
+    n = len(x)
+    others = (torch.arange(n) + torch.randint(1, n, (n,), generator=rng)) % n
+    return torch.where(where, x[others.to(x.device)], x)
+
+
+def _rectangles(x: Tensor, largest: float, rng: torch.Generator) -> Tensor:
+    """A rectangle in each of images (N, C, H, W), its sides up to that share of theirs: (N, 1, H, W)."""
+    n, _, *sides = x.shape
     inside = []
     for side in sides:
-        largest = max(1, math.ceil(_LARGEST * side))
-        length = 1 + (torch.rand(n, 1, generator=rng) * largest).long()
+        longest = max(1, math.ceil(largest * side))
+        length = 1 + (torch.rand(n, 1, generator=rng) * longest).long()
         first = (torch.rand(n, 1, generator=rng) * (side - length + 1)).long()
         at = torch.arange(side)
         inside.append((at >= first) & (at < first + length))
     rows, columns = inside
-    where = (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1).to(x.device)
-    colour = (torch.rand(n, channels, 1, 1, generator=rng) < 0.5).to(x)
-    return torch.where(where, colour, x)
+    return (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1).to(x.device)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from manifold_defense.attacks import apgd, pgd, window_pgd
 from manifold_defense.attacks.norms import sizes
-from manifold_defense.attacks.window import draw_windows
+from manifold_defense.attacks.window import draw_pieces, draw_windows
 from tests.defence.attack_table import GREY, Linear
 
 ONES = torch.ones(3, dtype=torch.long)
@@ -50,6 +50,45 @@ def test_a_window_is_one_rectangle_of_extreme_pixels(shape: Any) -> None:
     assert {-0.5, 0.5} <= set(changed.unique().tolist())
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 6, 9), (1, 1, 1)])
+def test_a_piece_is_of_another_image(shape: Any) -> None:
+    """Images of one number each say whose it is."""
+    x = torch.arange(1.0, 31.0).view(30, 1, 1, 1).expand(30, *shape) / 30
+    drawn = draw_pieces(x, torch.Generator().manual_seed(0))
+    where = (drawn != x)[:, 0]
+    for own, image in zip(where, drawn, strict=True):
+        rows, columns = own.any(1), own.any(0)
+        assert torch.equal(own, rows.unsqueeze(1) & columns.unsqueeze(0))
+        assert own.any()
+        pieces = image[:, own].unique()
+        assert len(pieces) == 1
+        assert (pieces == x[:, 0, 0, 0]).any()
+    longest = max(int(own.any(1).sum()) for own in where)
+    assert longest == max(1, -(-6 * shape[1] // 10))
+
+
+class Texture(nn.Module):
+    """Logits (N, 2) that see a chequered place alone; of one colour, none has any contrast of that kind."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).view(1, 1, 2, 2)
+        contrast = nn.functional.conv2d(x, kernel).abs().flatten(1).amax(1)
+        seen = (contrast - 1.2).clamp(min=0)
+        return torch.stack([8 * seen, torch.ones_like(seen)], 1)
+
+
+def test_pieces_break_what_plain_windows_do_not() -> None:
+    chequered = (torch.arange(8).view(8, 1) + torch.arange(8)) % 2
+    x = torch.cat([torch.full((2, 1, 8, 8), 0.5), chequered.view(1, 1, 8, 8).float()])
+    ball: dict[str, Any] = {"norm": "l2", "eps": 1.2, "steps": 5, "tries": 100}
+    plain = window_pgd(Texture(), x, ONES, restarts=2, **ball)
+    assert (Texture()(plain).argmax(1) == ONES).tolist() == [True, True, False]
+    with_pieces = window_pgd(Texture(), x, ONES, restarts=4, **ball)
+    assert (Texture()(with_pieces).argmax(1) != ONES).all()
+    alone = window_pgd(Texture(), x[:1], ONES[:1], restarts=4, **ball)  # of no other image
+    assert torch.equal(Texture()(alone).argmax(1), ONES[:1])
+
+
 @pytest.mark.parametrize(("norm", "eps"), [("l2", 0.3), ("linf", 0.2), ("l1", 0.7)])
 def test_the_best_window_spends_the_ball(norm: Any, eps: float) -> None:
     """One that cannot move is the start itself: steps of no length keep it."""
@@ -64,8 +103,8 @@ def test_the_best_window_spends_the_ball(norm: Any, eps: float) -> None:
 
 def test_windows_do_not_depend_on_who_is_left() -> None:
     model, ball = Linear(m=30.0), {"norm": "l2", "eps": 0.5}
-    together = window_pgd(model, GREY, ONES, steps=3, restarts=2, tries=4, **ball)
-    left = window_pgd(model, GREY, torch.tensor([0, 0, 1]), steps=3, restarts=2, tries=4, **ball)
+    together = window_pgd(model, GREY, ONES, steps=3, restarts=4, tries=4, **ball)
+    left = window_pgd(model, GREY, torch.tensor([0, 0, 1]), steps=3, restarts=4, tries=4, **ball)
     assert torch.equal(left[:2], GREY[:2])
     torch.testing.assert_close(left[2], together[2])
 
