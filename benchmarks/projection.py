@@ -31,6 +31,7 @@ from gan import Encoder, Generator, NetworkConfig
 from manifold_defense import PRESETS, ManifoldFilter, Projection
 from manifold_defense.attacks import pgd
 from manifold_defense.projection.rounding import Rounded, has_bfloat16
+from manifold_defense.types import Generator as LatentGenerator
 
 Result = TypeVar("Result")
 
@@ -51,10 +52,10 @@ def gemm_flops_per_second(device: torch.device, dtype: torch.dtype, repeats: int
 
 
 @torch.no_grad()
-def forward_flops(generator: nn.Module, device: torch.device) -> int:
+def forward_flops(generator: LatentGenerator, device: torch.device) -> int:
     """Of one image; the gradient in z costs as much again."""
     with FlopCounterMode(display=False) as counter:
-        generator(torch.zeros(1, generator.latent_dim, device=device))  # type: ignore[call-overload]
+        generator(torch.zeros(1, generator.latent_dim, device=device))
     return int(counter.get_total_flops())
 
 
@@ -125,8 +126,8 @@ def main(
             seconds, results[name] = timed(lambda f=candidate: f.project(x))  # type: ignore[misc]
             times[name].append(seconds)
 
-    flops = forward_flops(filter.generator, device)
     generator: Any = filter.generator
+    flops = forward_flops(generator, device)
     z = torch.randn(filter.config.chunk_on(device.type), generator.latent_dim, device=device)
     peaks = {"full": gemm_flops_per_second(device, torch.float32)}
     shares = {"full": gradient_flops_per_second(generator, z, flops) / peaks["full"]}
