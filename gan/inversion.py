@@ -5,7 +5,7 @@ N images, D latent size; x images (N, C, H, W) in [0, 1], δ a perturbation of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -19,7 +19,7 @@ from gan.optimisation import Batches, Record, State, cosine, descend
 from gan.sampling import step_rng
 
 # Images (N, C, H, W) to the same with a change in one place each, at random.
-DrawWindows = Callable[[Tensor, torch.Generator], Tensor]
+Change = Callable[[Tensor, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class EncoderConfig:
     attack_steps  gradients that it climbs: one, in the manner of Wong, Rice & Kolter (2020), or more,
                   as PGD does (Madry et al. 2018)
     norm, eps     the ball: linf, l2, or both by turns, with a radius for each
-    windows       at L2 the climb begins at the worst of so many changes in one place, as far as the ball
-                  lets them, where the attack `window_pgd` begins; 0: from δ drawn in the ball
+    windows       at L2 the climb begins at the worst of so many windows, rectangles turned bright or dark,
+    pieces        and of so many pieces of other images of the batch, as far as the ball lets them, where
+                  the attack `window_pgd` begins; of none: from δ drawn in the ball
     ramp          share of the training over which the radius grows from 0
     clean_share   weight of the loss at δ = 0 beside the perturbed one
     """
@@ -52,6 +53,7 @@ class EncoderConfig:
     eps_linf: float = 0.15
     eps_l2: float = 1.0
     windows: int = 0
+    pieces: int = 0
     ramp: float = 0.5
     clean_share: float = 0.0
 
@@ -74,14 +76,18 @@ class EncoderConfig:
             ("average_half_life", 1),
             ("attack_steps", 1),
             ("windows", 0),
+            ("pieces", 0),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        if self.windows and (self.perturbation != "adversarial" or self.norm == "linf"):
-            raise ValueError(
-                "windows: expected 0, for only an adversarial perturbation at l2, or at both, begins there; "
-                f"got {self.windows}"
-            )
+        for name in ("windows", "pieces"):
+            if getattr(self, name) and (self.perturbation != "adversarial" or self.norm == "linf"):
+                raise ValueError(
+                    f"{name}: expected 0, for only an adversarial perturbation at l2, or at both, "
+                    f"begins there; got {getattr(self, name)}"
+                )
+        if self.pieces and self.batch_size < 2:
+            raise ValueError(f"pieces: expected 0 in a batch of one image, got {self.pieces}")
         if not self.lr > 0:
             raise ValueError(f"lr: expected above 0, got {self.lr}")
         if not self.latent_weight >= 0:
@@ -109,16 +115,15 @@ def train_encoder(
     config: EncoderConfig,
     seed: int,
     *,
-    draw_windows: DrawWindows | None = None,
+    changes: Sequence[Change] = (),
 ) -> Iterator[Record]:
     """Train `state["encoder"]` in place until `config.images` have been seen, yielding after every step.
 
-    `draw_windows` makes what `config.windows` asks for.
+    `changes` draw what `config.windows` and `config.pieces` ask for, each of them one try.
     """
-    if config.windows and draw_windows is None:
-        raise ValueError(
-            f"windows: expected `draw_windows` beside {config.windows} of them, or 0; got nothing that draws"
-        )
+    wanted = config.windows + config.pieces
+    if len(changes) != wanted:
+        raise ValueError(f"changes: expected {wanted}, as many as windows and pieces; got {len(changes)}")
     encoder: nn.Module = state["encoder"]
     generator.requires_grad_(False)
     while state["images"] < config.images:
@@ -127,7 +132,7 @@ def train_encoder(
         disturbed = real
         if config.perturbation != "none":
             radius = min(1.0, state["images"] / (config.ramp * config.images)) if config.ramp else 1.0
-            disturbed = _perturbed(encoder, generator, real, config, radius, state["step"], rng, draw_windows)
+            disturbed = _perturbed(encoder, generator, real, config, radius, state["step"], rng, changes)
         with fabric.autocast():
             reconstruction = (generator(encoder(disturbed)) - real).square().flatten(1)
             if config.perturbation != "none" and config.clean_share > 0:
@@ -156,7 +161,7 @@ def _perturbed(
     radius: float,
     step: int,
     rng: torch.Generator,
-    draw_windows: DrawWindows | None = None,
+    changes: Sequence[Change] = (),
 ) -> Tensor:
     """`x + δ` in [0, 1] with δ in the ball of `config`, shrunk to the share `radius` of its size."""
     norm = config.norm if config.norm != "both" else ("linf", "l2")[step % 2]
@@ -166,12 +171,11 @@ def _perturbed(
         error: Tensor = (generator(encoder(at)) - x).square().flatten(1).sum(1)
         return error
 
-    from_window = norm == "l2" and config.windows > 0
+    in_place = norm == "l2" and len(changes) > 0
     if norm == "linf":
         delta = eps * (2 * torch.rand(x.shape, generator=rng).to(x) - 1)
-    elif from_window:
-        assert draw_windows is not None
-        delta = _worst_window(errors, x, eps, config.windows, draw_windows, rng)
+    elif in_place:
+        delta = _worst_change(errors, x, eps, changes, rng)
     else:
         delta = (
             eps
@@ -179,8 +183,8 @@ def _perturbed(
             * _unit(torch.randn(x.shape, generator=rng).to(x))
         )
     if config.perturbation == "adversarial":
-        # The lengths cross the ball, from wherever δ began; a window lies at its edge, and on high ground.
-        across = 1.5 if from_window else 2.5
+        # The lengths cross the ball, from wherever δ began; a change in one place lies at its edge, and high.
+        across = 1.5 if in_place else 2.5
         length = eps * (1.25 if config.attack_steps == 1 else across / config.attack_steps)
         for _ in range(config.attack_steps):
             at = (x + delta).clamp(0, 1).requires_grad_(True)
@@ -193,18 +197,17 @@ def _perturbed(
 
 
 @torch.no_grad()
-def _worst_window(
+def _worst_change(
     errors: Callable[[Tensor], Tensor],
     x: Tensor,
     eps: float,
-    tries: int,
-    draw_windows: DrawWindows,
+    changes: Sequence[Change],
     rng: torch.Generator,
 ) -> Tensor:
-    """Of so many windows, δ (N, C, H, W) no longer than eps, the one of the highest error of each image."""
+    """Of one δ (N, C, H, W) of each of `changes`, no longer than eps, each image's of the highest error."""
     best, highest = torch.zeros_like(x), x.new_full((len(x),), -torch.inf)
-    for _ in range(tries):
-        delta = _shortened(draw_windows(x, rng) - x, eps)
+    for draw in changes:
+        delta = _shortened(draw(x, rng) - x, eps)
         error = errors(x + delta)
         higher = error > highest
         best = torch.where(higher.view(-1, 1, 1, 1), delta, best)

@@ -13,7 +13,7 @@ from gan.inversion import encoder_state, train_encoder
 from gan.networks import Encoder, Generator
 from gan.optimisation import seeded
 from manifold_defense.artifact import load_gan, save_gan
-from manifold_defense.attacks.window import draw_windows
+from manifold_defense.attacks.window import draw_pieces, draw_windows
 from pipelines.board import grid
 from pipelines.context import Context
 from pipelines.own import load_own_filter
@@ -43,7 +43,8 @@ def run(context: Context) -> dict[str, Any]:
         context.board.add_scalar("test_reconstruction_error", float(error), images)
 
     batches = context.image_batches(config.batch_size)
-    loop = train_encoder(fabric, state, generator, batches, config, seed, draw_windows=draw_windows)
+    changes = [draw_windows] * config.windows + [draw_pieces] * config.pieces
+    loop = train_encoder(fabric, state, generator, batches, config, seed, changes=changes)
     context.train(loop, state, config.images, picture)
     if context.main:
         save_gan(generator, average, context.folder)

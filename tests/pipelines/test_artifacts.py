@@ -87,7 +87,9 @@ def test_an_encoder_is_trained_for_a_finished_filter(finished, tmp_path, monkeyp
     result = invoke(
         "run",
         "train-encoder",
-        *settings(f"filter={folder}", "run=on", "encoder.images=128", "encoder.windows=2"),
+        *settings(
+            f"filter={folder}", "run=on", "encoder.images=128", "encoder.windows=2", "encoder.pieces=1"
+        ),
     )
     assert result.exit_code == 0, result.output
     assert "train-gan" not in result.output
