@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from gan.networks import Encoder, Generator, NetworkConfig
@@ -156,7 +156,7 @@ def _save(folder: Path, name: str, facts: dict[str, Any], modules: dict[str, nn.
     }
     target = (folder / name).with_suffix(".safetensors")
     partial = target.with_suffix(".partial")
-    save_file(weights, partial)
+    partial.write_bytes(save(weights))  # `save_file` would let the owner alone read it, whatever the umask
     os.replace(partial, target)
     text = json.dumps({"version": VERSION, **facts}, indent=2)
     partial.write_text(text + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
 """Folders of filters and classifiers: what comes back, and in which words damage is refused."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,19 @@ def test_saving_again_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     save_filter(make_filter(), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["filter.json", "filter.safetensors"]
     assert load_filter(tmp_path).encoder is not None
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files are those of POSIX")
+def test_another_user_may_load_what_the_umask_lets_them(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        save_filter(make_filter(), tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {
+        "filter.json": "0o644",
+        "filter.safetensors": "0o644",
+    }
 
 
 # --- Damage ---
