@@ -230,7 +230,7 @@ class EvaluateConfig:
         AttackConfig("fgsm", views=("unaware", "exact")),
         AttackConfig("pgd", steps=20, restarts=2, loss="both", views=_PGD_VIEWS),
         AttackConfig("apgd", steps=100, views=("exact",)),
-        AttackConfig("apgd", steps=40, loss="margin", views=("exact",)),
+        AttackConfig("apgd", steps=40, loss="dlr", views=("exact",)),
         AttackConfig("window_pgd", steps=20, restarts=4, views=("exact",)),
         AttackConfig("fmn", steps=30, views=("exact",)),
         AttackConfig("range", steps=20),

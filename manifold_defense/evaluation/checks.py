@@ -24,11 +24,17 @@ from manifold_defense.types import Classifier, Norm, Threat
 
 # By how much two shares of a few dozen images may differ by chance.
 _TOLERANCE = 0.05
-# The attacks that are to find nothing more, and by how much they may lower a figure.
-_IN_BALL = (AttackConfig("apgd", 100), AttackConfig("window_pgd", 20, 3))
+# The attacks that are to find nothing more, and by how much they may lower a figure. A loss can be led
+# astray by logits whose scale follows the input: the ratio of their differences has none, a label no loss.
+_IN_BALL = (
+    AttackConfig("apgd", 100),
+    AttackConfig("apgd", 100, loss="dlr"),
+    AttackConfig("window_pgd", 20, 3),
+)
+_BY_LABELS = AttackConfig("hop_skip_jump", 2500)
 _LAST: Mapping[Norm, tuple[AttackConfig, ...]] = {
-    "linf": _IN_BALL,
-    "l2": _IN_BALL,
+    "linf": (*_IN_BALL, _BY_LABELS),
+    "l2": (*_IN_BALL, _BY_LABELS),
     "l1": _IN_BALL,
     "l0": (AttackConfig("pgd_l0", 50, 3, "both"), AttackConfig("sparse_rs", 2000)),
     "patch": (AttackConfig("patch", 40, 3, "both"),),
@@ -69,8 +75,9 @@ class Subject:
     """A defence under examination: images (N, C, H, W), labels (N,), a threat.
 
     `left` are images (M, C, H, W) and labels (M,) that other attacks could not break, a sample of the
-    share `left_share` of all; without, those are taken that `adversarial` leaves. Results of attacks are
-    kept, since several checks compare the same ones.
+    share `left_share` of all; without, those are taken that `adversarial` leaves. `unused` is a copy of the
+    deployed model that was never asked anything. Results of attacks are kept, since several checks
+    compare the same ones.
     """
 
     defence: Defence
@@ -81,6 +88,7 @@ class Subject:
     seed: int = 0
     left: tuple[Tensor, Tensor] | None = None
     left_share: float = 1.0
+    unused: Classifier | None = None
     _kept: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -210,8 +218,7 @@ def offset(s: Subject) -> Check:
 
 def randomness(s: Subject) -> Check:
     """Does the same input give the same answer? If not, its gradients must be averaged."""
-    first, second = s.logits(s.x), s.logits(s.x)
-    change = float(((first - second).abs() / _spread(first)).amax()) if len(first) else 0.0
+    change = _change(s.logits(s.x), s.logits(s.x))
     words = f"answers to the same image differ, by {change:.1%} of their spread: average over draws"
     return s.verdict("randomness", change, change <= 1e-3, words)
 
@@ -225,9 +232,50 @@ def batch(s: Subject) -> Check:
         others = 1 - few
         others[i] = few[i]
         among_others[i] = s.logits(others)[i]
-    change = float(((together - among_others).abs() / _spread(together)).amax()) if len(few) else 0.0
+    # What draws may give a smaller batch other draws.
+    fewer = [s.logits(few[:size]) for size in (1, 2, 4)] if s.defence.draws == 1 else []
+    change = max(_change(together[: len(z)], z) for z in (among_others, *fewer))
     words = f"answers depend on the rest of the batch, by {change:.1%} of their spread"
     return s.verdict("batch", change, change <= 0.01, words)
+
+
+def memory(s: Subject) -> Check:
+    """Does the model answer as it would if it had never been asked before?"""
+    change = 0.0
+    if s.unused is not None and s.defence.draws == 1:
+        x_adv = s.adversarial("pgd")
+        with torch.no_grad(), evaluation_mode(s.unused):
+            change = _change(s.logits(x_adv), s.unused(x_adv))
+    words = f"answers depend on what was asked before, by {change:.1%} of their spread"
+    return s.verdict("memory", change, change <= 0.01, words)
+
+
+def jump(s: Subject) -> Check:
+    """Is an image as it is stored answered like one a thousandth of the grey scale beside it?
+
+    If not, attacks climb another function than that which the images, on their grid, meet.
+    """
+    rng = torch.Generator().manual_seed(s.seed)
+    nearby = s.x + 1e-3 * (2 * torch.rand(s.x.shape, generator=rng).to(s.x) - 1)
+    here, there = s.logits(s.x), s.logits(nearby.clamp(0, 1))
+    jumps = ((here - there).abs() / _spread(here)).amax(1) > 0.05
+    if s.defence.predict is not None:
+        jumps |= (s.defence.predict(nearby.clamp(0, 1)) < 0) & (s.defence.predict(s.x) >= 0)
+    share = _share(jumps)
+    words = f"{int(jumps.sum())} of {len(jumps)} images are answered otherwise a thousandth beside them"
+    return s.verdict("jump", share, share < _TOLERANCE, words)
+
+
+def rule(s: Subject) -> Check:
+    """Does an attack know by which rule the model refuses images?"""
+    unknown = s.defence.predict is not None and not isinstance(s.exact, RejectingClassifier)
+    words = "it refuses images by a rule that no attack here knows"
+    return s.verdict("rule", float(unknown), not unknown, words)
+
+
+def _change(a: Tensor, b: Tensor) -> float:
+    """The largest difference of logits (N, K) of the same images, as a share of their spread."""
+    return float(((a - b).abs() / _spread(a)).amax()) if len(a) else 0.0
 
 
 def _share(images: Tensor) -> float:
@@ -289,13 +337,15 @@ def convergence(s: Subject) -> Check:
     seed = s.seed + 1_000_003  # not a start that the attacks before had
     press = s.defence.draws > 1
     held = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    for config in last if len(x) else ():
-        attack = config.bind(s.threat, seed=seed, press=press, model=s.exact)
-        held &= s.holds(attack(s.exact, x, y), y)
+    for config in last:
+        at = held.nonzero()[:, 0]
+        if len(at):
+            attack = config.bind(s.threat, seed=seed, press=press, model=s.exact)
+            held[at] = s.holds(attack(s.exact, x[at], y[at]), y[at])
     broken = int((~held).sum())
     fall = share * broken / max(len(x), 1)
     words = (
-        f"{' and '.join(config.label for config in last)} break another {broken} of {len(x)} images that "
+        f"{', '.join(config.label for config in last)} break another {broken} of {len(x)} images that "
         f"were left: the figure is some {100 * fall:.0f} points too high"
     )
     return s.verdict("convergence", fall, broken < 2 or fall <= most, words)
@@ -326,6 +376,9 @@ OF_MODEL: _Checks = (
     offset,
     randomness,
     batch,
+    memory,
+    jump,
+    rule,
     unbounded,
 )
 OF_THREAT: _Checks = (order, views, black_box, path, convergence, budget)
@@ -342,6 +395,7 @@ def examine(
     left_share: float = 1.0,
     steps: int = 15,
     seed: int = 0,
+    unused: Classifier | None = None,
     checks: _Checks = CHECKS,
 ) -> list[Check]:
     """Checks of one defence on images (N, C, H, W) with labels (N,), some dozens.
@@ -352,15 +406,17 @@ def examine(
     `left` are images and labels of those that an evaluation could not break, or some of them, and
     `left_share` the robust accuracy that it states; without, those are taken that PGD of `steps`
     leaves. Where `threat` is no L∞ or L2 ball, L∞ 0.1 stands in for it, but for what is `left`: whether a
-    longer attack breaks that is asked of every threat.
+    longer attack breaks that is asked of every threat. `unused` is a copy of the deployed model from
+    before it was asked anything; without, nobody looks whether it remembers.
     Images that the defence gets wrong to begin with say nothing and are left out.
     """
-    right = correct(Subject(defence, threat, x, y).logits(x), y)
+    clean = Subject(defence, threat, x, y)
+    right = correct(clean.logits(x), y) if defence.predict is None else defence.predict(x) == y
     if not right.any():
         return []
     x, y = x[right], y[right]
-    own = Subject(defence, threat, x, y, steps, seed, left, left_share)
-    subject = own if threat.norm in BALLS else Subject(defence, _STAND_IN, x, y, steps, seed)
+    own = Subject(defence, threat, x, y, steps, seed, left, left_share, unused)
+    subject = own if threat.norm in BALLS else replace(own, threat=_STAND_IN, left=None, _kept={})
     found = []
     for check in checks:
         asked = own if check is convergence and left is not None else subject

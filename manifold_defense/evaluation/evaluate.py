@@ -8,6 +8,7 @@ included.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -21,11 +22,11 @@ from manifold_defense.attacks.objective import correct, evaluation_mode
 from manifold_defense.evaluation.checks import BALLS, CHECKS, OF_THREAT, Check, convergence, examine
 from manifold_defense.evaluation.meter import COSTS, Meter
 from manifold_defense.evaluation.statistics import paired, wilson
-from manifold_defense.evaluation.suite import NO_GRADIENT, AttackConfig, Defence, Job, jobs
+from manifold_defense.evaluation.suite import NO_GRADIENT, SPECS, AttackConfig, Defence, Job, jobs
 from manifold_defense.projection import check_images
 from manifold_defense.randomised import seeded
 from manifold_defense.rejection import defended
-from manifold_defense.types import Threat
+from manifold_defense.types import Classifier, Threat
 
 WORST, UNION = "worst", "union"
 # standard: each attack meets the images that all before it left; full: every attack meets all images.
@@ -264,6 +265,11 @@ def _check(
             raise ValueError(f"{what}: expected different names, got {', '.join(found)}")
     if not threats:
         raise ValueError("threats: expected at least one, got none")
+    for defence, threat in product(defences, threats):
+        meeting = [job.attack for job in jobs([defence], attacks, [threat]) if job.attack]
+        if all(SPECS[attack.name].control for attack in meeting):
+            cell = f"{threat.norm} {threat.eps:g} on {defence.name}"
+            raise ValueError(f"attacks: expected one that is no noise for {cell}, got none")
     if mode not in get_args(Mode):
         raise ValueError(f"mode: expected one of {', '.join(get_args(Mode))}, got {mode!r}")
     if x.dim() != 4:
@@ -292,17 +298,18 @@ def evaluate(
 
     Cheap attacks come before dear ones, so that in mode `standard` few images are left for the
     latter. Then every defence meets the images that broke the others. At the end each is examined
-    for masked gradients on the first `checks` images, and for a stronger attack on as many of those that
-    were left (0: none is): under every L∞ and L2 threat by all checks, under others for the stronger attack
-    alone. The rows of a threat under which it fails are marked, and those of threats that are no such ball
-    if it fails under one. Raises ValueError for images outside [0, 1], labels
-    that are not int64, and defences or attacks of the same name.
+    for masked gradients on the first `checks` images that it gets right, and for a stronger attack on as
+    many of those that were left (0: none is): under every L∞ and L2 threat by all checks, under others for
+    the stronger attack alone. The rows of a threat under which it fails are marked, and those of threats
+    that are no such ball if it fails under one. Raises ValueError for images outside [0, 1], labels
+    that are not int64, defences or attacks of the same name, and a threat that no attack applies to.
     """
     _check(defences, attacks, threats, x, y, mode)
     compute = compute or in_batches(max(len(x), 1))
     todo, pairs = list(jobs(defences, attacks, threats)), _transfers(defences, threats)
     first = next((threat for threat in threats if threat.norm in BALLS), threats[0])
     examined = list(product(defences, threats)) if checks and len(x) else []
+    unused = {defence.name: _copied(defence.model) for defence, _ in examined}
     ledger, outcomes = _Ledger(mode), list[tuple[Job, Outcome]]()
     total = len(todo) + len(pairs) + len(examined)
 
@@ -339,16 +346,19 @@ def evaluate(
 
     found: list[Check] = []
     for done, (defence, threat) in enumerate(examined, 1):
-        score = ledger.worst.get((defence.name, threat), ledger.clean[defence.name])
-        at = (score == 1).nonzero()[:checks, 0]
+        clean = ledger.clean[defence.name]
+        score = ledger.worst.get((defence.name, threat), clean)
+        # Of a model that draws, the images that it gets right in most of its draws.
+        right, at = ((of > 0.5).nonzero()[:checks, 0] for of in (clean, score))
         found += examine(
             defence,
             threat,
-            x[:checks],
-            y[:checks],
+            x[right],
+            y[right],
             left=(x[at], y[at]),
             left_share=float(score.mean()),
             seed=seed,
+            unused=unused[defence.name],
             checks=CHECKS if threat is first else OF_THREAT if threat.norm in BALLS else (convergence,),
         )
         on_progress(len(outcomes) + done, total)
@@ -362,6 +372,14 @@ def evaluate(
         ledger.worst,
         {key: torch.stack(list(images.values())) for key, images in ledger.broken.items() if images},
     )
+
+
+def _copied(model: Classifier) -> Classifier | None:
+    """The model as it is now, or None of one that cannot be copied."""
+    try:
+        return copy.deepcopy(model)
+    except Exception:  # whatever a class of the user's raises
+        return None
 
 
 def _masked(row: Row, checks: Sequence[Check]) -> bool:

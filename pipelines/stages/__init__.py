@@ -61,7 +61,7 @@ _ALL = (
     ),
     Stage(
         "evaluate",
-        8,
+        9,
         "every attack on every defence, worst per image",
         ("seed", "data", "projection", "harden", "evaluate"),
         lambda config: () if config.evaluate.classifier else ("train-encoder", "train-classifier", "harden"),

@@ -120,7 +120,9 @@ class _Store:
             self.folder.mkdir(exist_ok=True)
 
     def _path(self, job: Job) -> Path:
-        name = hashlib.sha256(f"{self.digest} {job.name} {job.attack!r}".encode()).hexdigest()[:16]
+        name = hashlib.sha256(f"{self.digest} {job.name} {job.threat!r} {job.attack!r}".encode()).hexdigest()[
+            :16
+        ]
         return self.folder / f"{name}.safetensors"
 
     def get(self, job: Job, met: Tensor) -> Outcome | None:

@@ -75,6 +75,86 @@ def beside(x: Tensor) -> Tensor:
     return 0.8 * x + 0.2 * x.roll(1, 0)
 
 
+class Lukewarm(nn.Module):
+    """The labels of the model, the less confident the farther an image is from those that it knows.
+
+    The gradient is true, and leads the margin and cross-entropy away from every label's boundary.
+    """
+
+    def __init__(self, model: nn.Module, known: Tensor, rate: float) -> None:
+        super().__init__()
+        self.model, self.rate = model, rate
+        self.register_buffer("known", known.flatten(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        squares = torch.cdist(x.flatten(1), self.known).square()
+        nearest = -0.05 * (-squares / 0.05).logsumexp(1)
+        logits: Tensor = self.model(x) * (-self.rate * nearest).exp().unsqueeze(1)
+        return logits
+
+
+class Labels(nn.Module):
+    """The labels of the model on the surface of another, which has a smooth gradient of no use."""
+
+    def __init__(self, model: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.model, self.classes = model, classes
+        weights = torch.randn(64, 10, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("weights", 0.1 * weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.model(x)
+        label = logits.argmax(1)
+        surface = 20 * nn.functional.one_hot(label, 10) + x.flatten(1) @ self.weights
+        return torch.where((label < self.classes).unsqueeze(1), surface, logits)
+
+
+class OnGrid(nn.Module):
+    """The model on images as they are stored, in 17 levels; a constant on others."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        stored = (16 * x - (16 * x).round()).abs().flatten(1).amax(1) < 1e-3
+        logits: Tensor = self.model(x)
+        constant = logits.detach().argmax(1)
+        held = nn.functional.one_hot(constant, 10) + 0.01 * logits
+        return torch.where(stored.unsqueeze(1), logits, held)
+
+
+class AlonePlain(nn.Module):
+    """The model if asked one image at a time, and one that is not sure of anything otherwise."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x)
+        return logits if len(x) == 1 else 0.5 * logits + x.mean((1, 2, 3)).unsqueeze(1)
+
+
+class Remembers(nn.Module):
+    """Gives what lies near the first images that it was asked their answer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.first: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x)
+        with torch.no_grad():
+            if self.first is None:
+                self.first = x.detach().clone()
+            distance, nearest = torch.cdist(x.detach().flatten(1), self.first.flatten(1), p=torch.inf).min(1)
+            label = self.model(self.first)[nearest].argmax(1)
+            sure = 30 * nn.functional.one_hot(label, 10) * (distance <= 0.2).unsqueeze(1)
+        return logits + sure
+
+
 MASKED: dict[str, tuple[dict[str, Callable[[Tensor], Tensor]], set[str]]] = {
     "detached": ({"before": lambda x: x.detach()}, {"gradient", "slope", "black box", "unbounded"}),
     "quantised": ({"before": quantised}, {"gradient", "slope", "black box"}),
@@ -111,8 +191,9 @@ def test_an_honest_model_passes(learned: Any) -> None:
 
 def test_an_honest_filter_passes(learned: Any, linear: Any) -> None:
     model, x, y = learned
-    config = ProjectionConfig("gd", "origin", steps=20, step_size=1.0)
+    config = ProjectionConfig("gd", "origin", steps=10, step_size=1.0)
     defended = DefendedClassifier(ManifoldFilter(linear.float(), config=config), model)
+    x = x[:20]
     with torch.no_grad():
         y = defended(x).argmax(1)
     assert failed(Defence.filtered("filter", defended), x, y) == set()
@@ -126,10 +207,76 @@ def test_a_masked_defence_is_flagged(how: str, learned: Any) -> None:
     assert expected <= found
 
 
+ASTRAY: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
+    "lukewarm": lambda model, x: Lukewarm(model, x, 6.0),
+    "cold": lambda model, x: Lukewarm(model, x, 12.0),
+    "three classes": lambda model, x: Labels(model, 3),
+    "all classes": lambda model, x: Labels(model, 10),
+}
+
+
+@pytest.mark.parametrize("how", ASTRAY)
+@pytest.mark.parametrize("threat", [Threat("linf", 0.15), Threat("l2", 0.9)])
+def test_what_leads_every_loss_astray_is_found_all_the_same(how: str, threat: Threat, learned: Any) -> None:
+    """No gradient is hidden, but none leads to a boundary that is that of the honest model."""
+    model, x, y = learned
+    astray = Defence.bare(how, ASTRAY[how](model, x))
+    with torch.no_grad():
+        assert torch.equal(astray.model(x).argmax(1), model(x).argmax(1))
+    subject = Subject(astray, threat, x, y)
+    alive = subject.robust(subject.adversarial("pgd"))
+    share = float(alive.float().mean())
+    honest = Subject(Defence.bare("honest", model), threat, x, y).share("pgd")
+    assert share > honest + 0.05
+    found = examine(astray, threat, x, y, left=(x[alive], y[alive]), left_share=share)
+    assert "convergence" in {check.name for check in found if not check.passed}
+
+
+def test_an_answer_that_holds_on_the_grid_alone_is_flagged(learned: Any) -> None:
+    model, x, y = learned
+    assert "jump" in failed(Defence.bare("grid", OnGrid(model)), x, y)
+
+
+def test_an_answer_that_depends_on_the_size_of_the_batch_is_flagged(learned: Any) -> None:
+    model, x, y = learned
+    assert "batch" in failed(Defence.bare("alone", AlonePlain(model)), x, y)
+
+
+def test_a_model_that_remembers_is_flagged(learned: Any) -> None:
+    model, x, y = learned
+    before = Remembers(model)
+    used = Remembers(model)
+    used(x)
+    defence = Defence.bare("remembers", used)
+    found = {c.name: c for c in examine(defence, LINF, x, y, unused=before)}
+    assert not found["memory"].passed
+    honest = {c.name: c for c in examine(Defence.bare("a", model), LINF, x, y, unused=model)}
+    assert honest["memory"].passed
+    assert honest["memory"].figure == 0
+
+
+def test_a_rule_of_refusal_that_no_attack_knows_is_flagged(learned: Any, linear: Any) -> None:
+    """A filter that refuses by its error is met by an attack that knows the threshold; another is not."""
+    model, x, y = learned
+
+    def refuse(images: Tensor) -> Tensor:
+        stored = (16 * images - (16 * images).round()).abs().flatten(1).amax(1) < 1e-3
+        return torch.where(stored, model(images).argmax(1), -1)
+
+    own = replace(Defence.bare("own rule", model), predict=refuse)
+    assert {"rule", "jump"} <= failed(own, x, y)
+    filter = ManifoldFilter(linear.float(), config=ProjectionConfig("gd", "origin", steps=5, step_size=1.0))
+    known = Defence.filtered("known", RejectingClassifier(filter, model, threshold=1.0))
+    with torch.no_grad():
+        y = known.model(x).argmax(1)
+    assert not {"rule", "jump"} & failed(known, x, y)
+
+
 def test_a_detached_projection_is_flagged_by_its_views(learned: Any, linear: Any) -> None:
     """The exact view finds nothing, the others do."""
-    model, x, y = learned
-    filter = ManifoldFilter(linear.float(), config=ProjectionConfig("gd", "origin", steps=20, step_size=1.0))
+    model, x, _ = learned
+    x = x[:20]
+    filter = ManifoldFilter(linear.float(), config=ProjectionConfig("gd", "origin", steps=10, step_size=1.0))
     honest = Defence.filtered("inc", DefendedClassifier(filter, model))
     with torch.no_grad():
         y = honest.model(x).argmax(1)

@@ -346,6 +346,46 @@ def test_a_masked_defence_is_marked_without_being_asked(classifier: nn.Module) -
     assert worst["detached"].robust_accuracy == worst["honest"].robust_accuracy  # by the honest one's images
 
 
+def test_what_is_wrong_to_begin_with_hides_no_masked_gradient(classifier: nn.Module) -> None:
+    """The images that are looked at are the first that it gets right, wherever they stand."""
+    x, y = labelled(classifier, n=40)
+    y[:30] = (y[:30] + 1) % 3
+
+    class Detached(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return classifier(x.detach())
+
+    found = evaluate([Defence.bare("detached", Detached())], [AttackConfig("pgd", 5)], [LINF], x, y)
+    assert {"gradient", "slope"} <= {c.name for c in found.checks if not c.passed}
+    assert all(r.masked for r in found.rows if r.attack == "worst")
+
+
+def test_what_is_left_of_a_model_that_draws_is_what_it_mostly_gets_right() -> None:
+    """Each image is wrong in some draw: none is left whole, and all that hold most of the time are asked."""
+
+    class Wavering(nn.Module):
+        """Right in three draws of four, whatever the image; where it is bright, in none."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.asked = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.asked += 1
+            own = torch.full((len(x),), -1.0 if self.asked % 4 == 0 else 1.0) - 100 * (x > 0.6).flatten(
+                1
+            ).sum(1)
+            return torch.stack([own + 0 * x.flatten(1).sum(1), torch.zeros(len(x))], 1)
+
+    model = Wavering()
+    x, y = torch.full((12, 1, 2, 2), 0.5), torch.zeros(12, dtype=torch.long)
+    found = evaluate(
+        [Defence("a", model, {"exact": model}, draws=8)], [AttackConfig("fgsm")], [Threat("linf", 0.05)], x, y
+    )
+    (convergence,) = (c for c in found.checks if c.name == "convergence")
+    assert "of 12 images" in convergence.words
+
+
 def test_what_is_masked_under_one_threat_is_marked_there() -> None:
     """Two white pixels fool it; spread out, the same length in L2 is next to nothing, as all of L∞ 0.1 is."""
 
@@ -438,6 +478,9 @@ def test_an_answer_that_is_not_a_number_is_wrong() -> None:
     ("change", "words"),
     [
         ({"threats": []}, "threats: expected at least one"),
+        ({"threats": [LINF, Threat("patch", 2)]}, "attacks: expected one that is no noise for patch 2 on a"),
+        ({"attacks": [AttackConfig("noise", 3)]}, "attacks: expected one that is no noise for linf 0.1 on a"),
+        ({"attacks": [AttackConfig("range", 3)]}, "attacks: expected one that is no noise for linf 0.1 on a"),
         ({"mode": "fulll"}, "mode: expected one of standard, full, got 'fulll'"),
         ({"attacks": [AttackConfig("pgd"), AttackConfig("pgd", 3)]}, "attacks: expected different names"),
         ({"x": torch.full((4, 1, 2, 2), 1.5)}, r"images: expected values in \[0, 1\]"),
