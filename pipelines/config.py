@@ -25,6 +25,7 @@ from manifold_defense.classifiers import ArchitectureConfig
 from manifold_defense.evaluation import AttackConfig
 from manifold_defense.evaluation.suite import ViewName
 from manifold_defense.hardening import OBJECTIVES, Objective, Pgd
+from manifold_defense.hardening.disturbance import Disturbance
 from manifold_defense.hardening.training import TrainingConfig
 from manifold_defense.projection import ProjectionConfig
 from manifold_defense.types import Threat
@@ -48,6 +49,20 @@ class FabricConfig:
     strategy: str = "auto"
     num_nodes: int = 1
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+
+
+@dataclass(frozen=True)
+class EncoderStageConfig(EncoderConfig):
+    """The training of the encoder, and what its images suffer in it."""
+
+    disturbance: Disturbance = field(default_factory=Disturbance)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.disturbance.pieces and self.batch_size < 2:
+            raise ValueError(
+                f"disturbance.pieces: expected 0 in a batch of one image, got {self.disturbance.pieces}"
+            )
 
 
 @dataclass(frozen=True)
@@ -278,7 +293,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     fabric: FabricConfig = field(default_factory=FabricConfig)
     gan: GanConfig = field(default_factory=GanConfig)
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    encoder: EncoderStageConfig = field(default_factory=EncoderStageConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
     project: ProjectStageConfig = field(default_factory=ProjectStageConfig)

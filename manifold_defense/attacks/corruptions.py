@@ -120,6 +120,7 @@ CORRUPTIONS: dict[str, Corruption] = {
 }
 # Those with nothing to draw, or whose few outcomes are all tried.
 _FIXED = ("gaussian_blur", "contrast", "brightness", "jpeg")
+_TRIES = {"shift": len(_DIRECTIONS), "rotation": 2}
 
 
 @torch.no_grad()
@@ -169,6 +170,13 @@ def corruption(
                 best[active[better]], best_margin[active[better]] = tried[better], margin[better]
                 found[active] |= clearly(margin, logits)
     return best
+
+
+def draw_corruption(x: Tensor, severity: int, rng: torch.Generator) -> Tensor:
+    """Images (N, C, H, W) under one corruption up to that severity, the oftener the more forms it has."""
+    at = 1 + int(torch.randint(severity, (), generator=rng))
+    names = [name for name in CORRUPTIONS for _ in range(_TRIES.get(name, 1 if name in _FIXED else 3))]
+    return CORRUPTIONS[names[int(torch.randint(len(names), (), generator=rng))]](x, at, rng)
 
 
 def _variants(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -101,14 +102,27 @@ def draw_pieces(x: Tensor, rng: torch.Generator) -> Tensor:
     return torch.where(where, x[others.to(x.device)], x)
 
 
+def squares(x: Tensor, side: int, rng: torch.Generator) -> Tensor:
+    """A square of so many pixels a side, or fewer if there are fewer, in each of the images: (N, 1, H, W)."""
+    return _anywhere(x, lambda most: torch.full((len(x), 1), min(side, most)), rng)
+
+
 def _rectangles(x: Tensor, largest: float, rng: torch.Generator) -> Tensor:
     """A rectangle in each of images (N, C, H, W), its sides up to that share of theirs: (N, 1, H, W)."""
-    n, _, *sides = x.shape
-    inside = []
-    for side in sides:
+
+    def length(side: int) -> Tensor:
         longest = max(1, math.ceil(largest * side))
-        length = 1 + (torch.rand(n, 1, generator=rng) * longest).long()
-        first = (torch.rand(n, 1, generator=rng) * (side - length + 1)).long()
+        return 1 + (torch.rand(len(x), 1, generator=rng) * longest).long()
+
+    return _anywhere(x, length, rng)
+
+
+def _anywhere(x: Tensor, length_of: Callable[[int], Tensor], rng: torch.Generator) -> Tensor:
+    """Rectangles somewhere in the images, (N, 1, H, W); how long, (N, 1), is asked for each side."""
+    inside = []
+    for side in x.shape[2:]:
+        length = length_of(side)
+        first = (torch.rand(len(x), 1, generator=rng) * (side - length + 1)).long()
         at = torch.arange(side)
         inside.append((at >= first) & (at < first + length))
     rows, columns = inside

@@ -13,7 +13,6 @@ from gan.inversion import encoder_state, train_encoder
 from gan.networks import Encoder, Generator
 from gan.optimisation import seeded
 from manifold_defense.artifact import load_gan, save_gan
-from manifold_defense.attacks.window import draw_pieces, draw_windows
 from pipelines.board import grid
 from pipelines.context import Context
 from pipelines.own import load_own_filter
@@ -43,8 +42,7 @@ def run(context: Context) -> dict[str, Any]:
         context.board.add_scalar("test_reconstruction_error", float(error), images)
 
     batches = context.image_batches(config.batch_size)
-    changes = [draw_windows] * config.windows + [draw_pieces] * config.pieces
-    loop = train_encoder(fabric, state, generator, batches, config, seed, changes=changes)
+    loop = train_encoder(fabric, state, generator, batches, config, seed, disturb=config.disturbance)
     context.train(loop, state, config.images, picture)
     if context.main:
         save_gan(generator, average, context.folder)

@@ -23,7 +23,7 @@ R3 = GanConfig("r3gan", images=20 * 16, batch_size=16, critic_steps=2, network=N
 WGAN = replace(R3, loss="wgan_gp", beta1=0.5, beta2=0.9, penalty_weight=10.0, penalty_every=1)
 ALONE = replace(R3, reconstruction_weight=0.0, critic_steps=1)
 GANS = {"r3gan": R3, "wgan_gp": WGAN, "without-encoder": ALONE}
-ENCODER = EncoderConfig(perturbation="none", images=20 * 16, batch_size=16, average_half_life=100)
+ENCODER = EncoderConfig(images=20 * 16, batch_size=16, average_half_life=100)
 SHAPE = (1, 8, 8)
 
 

@@ -88,7 +88,11 @@ def test_an_encoder_is_trained_for_a_finished_filter(finished, tmp_path, monkeyp
         "run",
         "train-encoder",
         *settings(
-            f"filter={folder}", "run=on", "encoder.images=128", "encoder.windows=2", "encoder.pieces=1"
+            f"filter={folder}",
+            "run=on",
+            "encoder.images=128",
+            "encoder.disturbance.windows=2",
+            "encoder.disturbance.pieces=1",
         ),
     )
     assert result.exit_code == 0, result.output
