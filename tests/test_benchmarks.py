@@ -11,7 +11,9 @@ from click.testing import CliRunner, Result
 
 ROOT = Path(__file__).parents[1]
 ZOO = ROOT / "zoo" / "mnist"
-BENCHMARKS = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if p.stem != "inputs")
+BENCHMARKS = sorted(
+    p.stem for p in (ROOT / "benchmarks").glob("*.py") if p.stem not in ("inputs", "deceivers")
+)
 
 
 @pytest.fixture

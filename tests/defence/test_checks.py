@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from deceivers import Alone, Labels, Lukewarm, OnGrid, Remembers
 from torch import Tensor, nn
 
 from manifold_defense import DefendedClassifier, ManifoldFilter, ProjectionConfig, Threat
@@ -73,86 +74,6 @@ def noisy(x: Tensor) -> Tensor:
 def beside(x: Tensor) -> Tensor:
     """Each image a little like its neighbour in the batch."""
     return 0.8 * x + 0.2 * x.roll(1, 0)
-
-
-class Lukewarm(nn.Module):
-    """The labels of the model, the less confident the farther an image is from those that it knows.
-
-    The gradient is true, and leads the margin and cross-entropy away from every label's boundary.
-    """
-
-    def __init__(self, model: nn.Module, known: Tensor, rate: float) -> None:
-        super().__init__()
-        self.model, self.rate = model, rate
-        self.register_buffer("known", known.flatten(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        squares = torch.cdist(x.flatten(1), self.known).square()
-        nearest = -0.05 * (-squares / 0.05).logsumexp(1)
-        logits: Tensor = self.model(x) * (-self.rate * nearest).exp().unsqueeze(1)
-        return logits
-
-
-class Labels(nn.Module):
-    """The labels of the model on the surface of another, which has a smooth gradient of no use."""
-
-    def __init__(self, model: nn.Module, classes: int) -> None:
-        super().__init__()
-        self.model, self.classes = model, classes
-        weights = torch.randn(64, 10, generator=torch.Generator().manual_seed(0))
-        self.register_buffer("weights", 0.1 * weights)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits = self.model(x)
-        label = logits.argmax(1)
-        surface = 20 * nn.functional.one_hot(label, 10) + x.flatten(1) @ self.weights
-        return torch.where((label < self.classes).unsqueeze(1), surface, logits)
-
-
-class OnGrid(nn.Module):
-    """The model on images as they are stored, in 17 levels; a constant on others."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        stored = (16 * x - (16 * x).round()).abs().flatten(1).amax(1) < 1e-3
-        logits: Tensor = self.model(x)
-        constant = logits.detach().argmax(1)
-        held = nn.functional.one_hot(constant, 10) + 0.01 * logits
-        return torch.where(stored.unsqueeze(1), logits, held)
-
-
-class AlonePlain(nn.Module):
-    """The model if asked one image at a time, and one that is not sure of anything otherwise."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.model(x)
-        return logits if len(x) == 1 else 0.5 * logits + x.mean((1, 2, 3)).unsqueeze(1)
-
-
-class Remembers(nn.Module):
-    """Gives what lies near the first images that it was asked their answer."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.first: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.model(x)
-        with torch.no_grad():
-            if self.first is None:
-                self.first = x.detach().clone()
-            distance, nearest = torch.cdist(x.detach().flatten(1), self.first.flatten(1), p=torch.inf).min(1)
-            label = self.model(self.first)[nearest].argmax(1)
-            sure = 30 * nn.functional.one_hot(label, 10) * (distance <= 0.2).unsqueeze(1)
-        return logits + sure
 
 
 MASKED: dict[str, tuple[dict[str, Callable[[Tensor], Tensor]], set[str]]] = {
@@ -234,12 +155,12 @@ def test_what_leads_every_loss_astray_is_found_all_the_same(how: str, threat: Th
 
 def test_an_answer_that_holds_on_the_grid_alone_is_flagged(learned: Any) -> None:
     model, x, y = learned
-    assert "jump" in failed(Defence.bare("grid", OnGrid(model)), x, y)
+    assert "jump" in failed(Defence.bare("grid", OnGrid(model, 16)), x, y)
 
 
 def test_an_answer_that_depends_on_the_size_of_the_batch_is_flagged(learned: Any) -> None:
     model, x, y = learned
-    assert "batch" in failed(Defence.bare("alone", AlonePlain(model)), x, y)
+    assert "batch" in failed(Defence.bare("alone", Alone(model)), x, y)
 
 
 def test_a_model_that_remembers_is_flagged(learned: Any) -> None:
