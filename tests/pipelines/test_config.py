@@ -82,7 +82,10 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
         ("encoder.disturbance.kind=fgsm", "encoder.disturbance.kind"),
         ("encoder.disturbance.threats=[]", "threats: expected at least one"),
         ("encoder.disturbance={threats=[{norm='patch', eps=2}], windows=3}", "windows: expected 0, for only"),
-        ("encoder={batch_size=1, disturbance={pieces=2}}", "disturbance.pieces: expected 0 in a batch of one"),
+        (
+            "encoder={batch_size=1, disturbance={pieces=2}}",
+            "disturbance.pieces: expected 0 in a batch of one",
+        ),
         ("encoder.windows=3", "did you mean encoder.disturbance.windows?"),
         ("harden.objective.clean_share=2", "clean_share: expected in [0, 1]"),
         ("harden.objective.name=magic", "expected one of clean, noise, pgd"),
