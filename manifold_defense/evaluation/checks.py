@@ -332,6 +332,10 @@ def convergence(s: Subject) -> Check:
         (x, y), share, most = (s.x[alive], s.y[alive]), _share(alive), 3 * _TOLERANCE
     else:
         (x, y), share, most = s.left, s.left_share, _FALL
+    if s.defence.predict is not None and s.threat.norm not in BALLS and len(x):
+        # What fools it is refused, and held to be defended; `detector_aware` is of balls alone.
+        words = "no attack under this threat knows by which rule images are refused: they count as defended"
+        return s.verdict("convergence", share, False, words)
     refuses = isinstance(s.exact, RejectingClassifier) and s.threat.norm in BALLS
     last = _LAST_REFUSED if refuses else _LAST[s.threat.norm]
     seed = s.seed + 1_000_003  # not a start that the attacks before had

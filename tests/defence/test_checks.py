@@ -265,6 +265,18 @@ def test_a_refusal_holds(learned: Any, linear: Any) -> None:
     assert Subject(strict, LINF, x, y).holds(x, y).all()
 
 
+@pytest.mark.parametrize("threat", [Threat("patch", 3), Threat("l0", 4), Threat("corruption", 3)])
+def test_refusals_where_no_attack_knows_the_rule_are_no_robustness(
+    threat: Threat, learned: Any, linear: Any
+) -> None:
+    model, x, y = learned
+    filter = ManifoldFilter(linear.float(), config=ProjectionConfig("gd", "origin", steps=2))
+    refusing = Defence.filtered("refusing", RejectingClassifier(filter, model, threshold=0.01))
+    subject = Subject(refusing, threat, x, y, left=(x, y))
+    assert not checks.convergence(subject).passed
+    assert checks.convergence(replace(subject, left=(x[:0], y[:0]), left_share=0.0)).passed
+
+
 def test_a_model_that_is_always_wrong_says_nothing(learned: Any) -> None:
     model, x, y = learned
     assert examine(Defence.bare("wrong", model), LINF, x, (y + 1) % 10) == []
