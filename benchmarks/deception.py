@@ -54,23 +54,20 @@ def trained(read: Images, steps: int = 400) -> nn.Module:
 
 
 def deceivers(model: nn.Module, read: Images) -> dict[str, nn.Module]:
-    train = subset_of(read, 600)
+    train = read.dataset.train
+    known, labels = to_float(train.images[:600]), train.labels[:600]
+    pixels = known.shape[1:].numel()
     return {
         "honest": model,
-        "lukewarm": Lukewarm(model, train[0], 4.0 if read.x.shape[-1] <= 8 else 0.5),
-        "cold": Lukewarm(model, train[0], 12.0 if read.x.shape[-1] <= 8 else 1.5),
+        "lukewarm": Lukewarm(model, known, 256 / pixels),
+        "cold": Lukewarm(model, known, 768 / pixels),
         "labels": Labels(model, len(read.dataset.classes)),
         "labels of three classes": Labels(model, 3),
         "on the grid": OnGrid(model, 255),
         "alone": Alone(model),
         "remembers": Remembers(model),
-        "neighbour": Neighbour(*train),
+        "neighbour": Neighbour(known, labels),
     }
-
-
-def subset_of(read: Images, count: int) -> tuple[Tensor, Tensor]:
-    train = read.dataset.train
-    return to_float(train.images[:count]), train.labels[:count]
 
 
 def honest_attacks(model: Classifier, x: Tensor, y: Tensor, threat: Threat) -> list[Tensor]:

@@ -120,10 +120,8 @@ class _Store:
             self.folder.mkdir(exist_ok=True)
 
     def _path(self, job: Job) -> Path:
-        name = hashlib.sha256(f"{self.digest} {job.name} {job.threat!r} {job.attack!r}".encode()).hexdigest()[
-            :16
-        ]
-        return self.folder / f"{name}.safetensors"
+        facts = f"{self.digest} {job.name} {job.threat!r} {job.attack!r}"
+        return self.folder / f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}.safetensors"
 
     def get(self, job: Job, met: Tensor) -> Outcome | None:
         """What an interrupted run found for the job; one damaged or of other images is done again."""

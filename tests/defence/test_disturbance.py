@@ -1,6 +1,5 @@
 """What the images of an encoder's training suffer: inside the threat, by turns, and up the error."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -135,7 +134,10 @@ def test_the_worst_is_each_images_own(monkeypatch: pytest.MonkeyPatch) -> None:
         return changed
 
     monkeypatch.setattr("manifold_defense.hardening.disturbance.draw_windows", quarter)
-    flat: Callable[[Tensor], Tensor] = lambda at: inverted.errors(at).detach()  # noqa: E731
+
+    def flat(at: Tensor) -> Tensor:
+        return inverted.errors(at).detach()
+
     got = Disturbance(threats=(Threat("l2", 100.0),), windows=4, ramp=0.0)(
         flat, inverted.x, 0, 1.0, torch.Generator().manual_seed(0)
     )
@@ -170,10 +172,16 @@ def test_an_encoder_trained_on_attacks_resists_them(fabric: Fabric, threats: tup
     config = EncoderConfig(images=200 * 32, batch_size=32, lr=3e-3, average_half_life=300)
     longer = Disturbance(threats=threats[-1:], steps=10, ramp=0.0)
     errors = {}
-    for kind in ("none", "adversarial"):
-        disturbance = Disturbance(kind, threats, steps=2, ramp=0.3)  # type: ignore[arg-type]
+    disturbances = {
+        "none": Disturbance("none", threats),
+        "adversarial": Disturbance("adversarial", threats, steps=2, ramp=0.3),
+    }
+
+    def batches(step: int) -> Tensor:
+        return images[batch_indices(len(images), 32, 5, step)]
+
+    for kind, disturbance in disturbances.items():
         state = encoder_state(fabric, seeded(0, lambda: Encoder(SHAPE, network)), config)
-        batches = lambda step: images[batch_indices(len(images), 32, 5, step)]  # noqa: E731
         for _ in train_encoder(fabric, state, generator, batches, config, 0, disturb=disturbance):
             pass
         average = state["encoder_average"]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from deceivers import Remembers
 from torch import Tensor, nn
 
 from manifold_defense import DefendedClassifier, Threat
@@ -358,6 +359,27 @@ def test_what_is_wrong_to_begin_with_hides_no_masked_gradient(classifier: nn.Mod
     found = evaluate([Defence.bare("detached", Detached())], [AttackConfig("pgd", 5)], [LINF], x, y)
     assert {"gradient", "slope"} <= {c.name for c in found.checks if not c.passed}
     assert all(r.masked for r in found.rows if r.attack == "worst")
+
+
+def test_a_model_that_remembers_the_clean_images_is_told_from_a_copy(classifier: nn.Module) -> None:
+    """And one that cannot be copied is examined in all else."""
+    x, y = labelled(classifier)
+
+    class Single(nn.Module):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise TypeError("there is but one")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return classifier(x)
+
+    defences = [Defence.bare("remembers", Remembers(classifier)), Defence.bare("single", Single())]
+    checks = evaluate(defences, [AttackConfig("pgd", 5)], [LINF], x, y).checks
+    passed = {(c.defence, c.name): c.passed for c in checks}
+    assert not passed["remembers", "memory"]
+    assert passed["single", "memory"]
+    assert {name for defence, name in passed if defence == "single"} == {
+        name for defence, name in passed if defence == "remembers"
+    }
 
 
 def test_what_is_left_of_a_model_that_draws_is_what_it_mostly_gets_right() -> None:
