@@ -144,12 +144,14 @@ def run(
 
 def _show_intentions(console: Any, config: Any, names: list[str], force: bool, *, remake: bool) -> None:
     from pipelines.run import intention, statuses
+    from pipelines.stages import STAGES
 
     found = statuses(config)
     for name in names:
         folder, plan, status = found[name]
         doing = intention(name, folder, plan, status, force)
-        console.print(f"{name}: {'make anew' if remake and doing == 'cached' else doing}", highlight=False)
+        anew = doing == "cached" and (remake or not STAGES[name].lasts(config))
+        console.print(f"{name}: {'make anew' if anew else doing}", highlight=False)
 
 
 def _show_results(console: Any, config: Any, *, with_report: bool) -> None:
@@ -297,14 +299,11 @@ def evaluate_command(
         config = _load(config_file, settings, run_name)
         _stage_command("evaluate", config, force=force, remake=force, dry_run=dry_run)
         return
-    from pipelines.run import statuses
-
     # Quoted, as JSON and TOML do alike: a folder may be called 2024.
     given = {"evaluate.classifier": classifier, "evaluate.filter": folder or ""}
     settings = (*settings, *(f"{key}={json.dumps(value)}" for key, value in given.items()))
     config = _load(config_file, settings, run_name or "own")
-    finished = statuses(config)["evaluate"][2] == "cached"
-    _stage_command("evaluate", config, force=True, remake=finished or force, dry_run=dry_run)
+    _stage_command("evaluate", config, force=True, remake=force, dry_run=dry_run)
 
 
 for _name, _summary in (

@@ -63,7 +63,8 @@ def run_stages(
 ) -> None:
     """Bring the stages `names` up to date, in order.
 
-    `force` replaces results of other settings; `remake` makes even an equal, finished stage again.
+    `force` replaces results of other settings; `remake` makes even an equal, finished stage again, as is
+    done unasked with one that does not last.
     All refusals come before any work is done.
     """
     before = statuses(config)
@@ -77,7 +78,7 @@ def run_stages(
                     f"run `manifold-defense {needed}` or `manifold-defense run {name}` first"
                 )
 
-    todo = [name for name in names if before[name][2] != "cached" or remake]
+    todo = [n for n in names if before[n][2] != "cached" or remake or not STAGES[n].lasts(config)]
     if not todo:
         for name in names:
             console.print(f"{name}: cached", highlight=False)
@@ -91,8 +92,9 @@ def run_stages(
             folder, plan, status = before[name]
             if name in todo:
                 # What is finished and current is made anew, parts of what is stale may still hold.
-                previous = None if status == "cached" else folder.done
-                _run_stage(shop, name, folder, plan, previous, force=force, remake=remake)
+                anew = status == "cached"
+                previous = None if anew else folder.done
+                _run_stage(shop, name, folder, plan, previous, force=force, remake=remake or anew)
             else:
                 console.print(f"{name}: cached", highlight=False)
 

@@ -39,7 +39,11 @@ class StageError(Exception):
 
 @dataclass(frozen=True)
 class Stage:
-    """`run(context)` does the work in `context.folder` and returns the metrics for `stage.json`."""
+    """`run(context)` does the work in `context.folder` and returns the metrics for `stage.json`.
+
+    `lasts` says whether its result stands as long as its settings and inputs do. Not where code of the
+    user's has a part in it, which may change without either.
+    """
 
     name: str
     version: int
@@ -47,6 +51,7 @@ class Stage:
     sections: tuple[str, ...] | Callable[[Config], tuple[str, ...]]
     inputs: Callable[[Config], tuple[str, ...]]
     run: Callable[[Context], dict[str, Any]]
+    lasts: Callable[[Config], bool] = lambda config: True
 
 
 @dataclass(frozen=True)

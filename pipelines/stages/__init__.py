@@ -18,6 +18,11 @@ def _harden_sections(config: Config) -> tuple[str, ...]:
     return ("seed", "data", "harden", *(("projection",) if behind else ()))
 
 
+def _of_the_run(config: Config) -> bool:
+    """Whether what is attacked was made by the run, and is no function of the user's own."""
+    return not config.evaluate.classifier
+
+
 _ALL = (
     Stage(
         "train-gan",
@@ -64,8 +69,9 @@ _ALL = (
         9,
         "every attack on every defence, worst per image",
         ("seed", "data", "projection", "harden", "evaluate"),
-        lambda config: () if config.evaluate.classifier else ("train-encoder", "train-classifier", "harden"),
+        lambda config: ("train-encoder", "train-classifier", "harden") if _of_the_run(config) else (),
         evaluate.run,
+        _of_the_run,
     ),
     Stage(
         "certify",
@@ -76,7 +82,13 @@ _ALL = (
         certify.run,
     ),
     Stage(
-        "report", 3, "tables and pictures", (), lambda config: ("project", "evaluate", "certify"), report.run
+        "report",
+        3,
+        "tables and pictures",
+        (),
+        lambda config: ("project", "evaluate", "certify"),
+        report.run,
+        _of_the_run,
     ),
     Stage(
         "export",

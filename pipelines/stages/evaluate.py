@@ -77,13 +77,15 @@ def _detection(evaluation: Evaluation, x: Tensor) -> list[dict[str, Any]]:
 
 
 def _digest(defences: list[Defence], x: Tensor) -> str:
-    """Of all weights and settings of filters, and of the answers to images x (N, C, H, W).
+    """Of all weights and settings of filters, and of the answers to images x (N, C, H, W) and some like them.
 
     Results of others are not these defences': a user's code may change under the same weights. Answers
     and their gradients count by a random projection to four digits, lest the rounding of a GPU, which
     differs from call to call, be taken for another model.
     """
     digest = hashlib.sha256()
+    noisy = x + 0.2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    asked = torch.cat([x, 1 - x, (x + x.flip(0)) / 2, noisy.clamp(0, 1)]).detach()
 
     def answered(value: Tensor) -> None:
         weights = torch.randn(value.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -96,7 +98,7 @@ def _digest(defences: list[Defence], x: Tensor) -> str:
         filter = getattr(defence.model, "filter", None)
         digest.update(repr(getattr(filter, "config", None)).encode())
         *_, strongest = defence.attacked.values()
-        images = x.detach().clone().requires_grad_(True)
+        images = asked.clone().requires_grad_(True)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)  # for models that draw
             logits = strongest(images)
