@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manifold_defense.attacks import fgsm, geometry, noise, pgd, square
+from manifold_defense.attacks.norms import column
 from manifold_defense.attacks.objective import correct, evaluation_mode, logits_and_gradient, margins
 from manifold_defense.evaluation.suite import AttackConfig, Defence
 from manifold_defense.rejection import RejectingClassifier, defended
@@ -45,6 +46,7 @@ _LAST_REFUSED = (AttackConfig("detector_aware", 100),)
 BALLS: tuple[Norm, ...] = ("linf", "l2")
 _STAND_IN = Threat("linf", 0.1)
 _FALL = 0.02
+_HALVINGS = 16  # of a way between two images: a step of float32 is some ten more
 
 
 @dataclass(frozen=True)
@@ -266,6 +268,34 @@ def jump(s: Subject) -> Check:
     return s.verdict("jump", share, share < _TOLERANCE, words)
 
 
+def edge(s: Subject) -> Check:
+    """Does the margin vanish where the label changes? That of labels on some other surface does not.
+
+    Where that is, is found by labels alone, on the way from an image to the nearest other that is called
+    otherwise, of those at hand and their negatives.
+    """
+    pool = torch.cat([s.x, 1 - s.x])
+    apart = torch.cdist(s.x.flatten(1), pool.flatten(1))
+    apart[s.y.unsqueeze(1) == s.logits(pool).argmax(1)] = torch.inf
+    distance, nearest = apart.min(1)
+    at = distance.isfinite().nonzero()[:, 0]
+    clean, y = s.x[at], s.y[at]
+    right, wrong = clean, pool[nearest[at]]
+    for _ in range(_HALVINGS):
+        middle = (right + wrong) / 2
+        fits = column(correct(s.logits(middle), y), middle)
+        right, wrong = torch.where(fits, middle, right), torch.where(fits, wrong, middle)
+    before, beyond, whole = (
+        -margins(s.logits(images), y, targeted=False) for images in (right, wrong, clean)
+    )
+    jumps = before - beyond > 0.1 * whole
+    share = _share(jumps)
+    words = (
+        f"where labels change, the margin of {int(jumps.sum())} of {len(at)} images jumps, not falls to zero"
+    )
+    return s.verdict("edge", share, share < 2 * _TOLERANCE, words)
+
+
 def rule(s: Subject) -> Check:
     """Does an attack know by which rule the model refuses images?"""
     unknown = s.defence.predict is not None and not isinstance(s.exact, RejectingClassifier)
@@ -382,6 +412,7 @@ OF_MODEL: _Checks = (
     batch,
     memory,
     jump,
+    edge,
     rule,
     unbounded,
 )

@@ -158,6 +158,30 @@ def test_an_answer_that_holds_on_the_grid_alone_is_flagged(learned: Any) -> None
     assert "jump" in failed(Defence.bare("grid", OnGrid(model, 16)), x, y)
 
 
+@pytest.mark.parametrize("classes", [10, 3])
+def test_labels_on_another_surface_are_flagged_where_they_change(classes: int, learned: Any) -> None:
+    model, x, y = learned
+    assert "edge" in failed(Defence.bare("labels", Labels(model, classes)), x, y)
+
+
+@pytest.mark.parametrize("gain", [1e-3, 1.0, 1e3])
+def test_an_affine_margin_vanishes_where_the_label_changes(gain: float) -> None:
+    """Whatever its scale; between images of one label there is no such place."""
+    weights = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+
+    class Affine(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return gain * (x.flatten(1) - 0.5) @ weights.T
+
+    x = torch.rand(12, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    y = Affine()(x).argmax(1)
+    assert checks.edge(Subject(Defence.bare("affine", Affine()), LINF, x, y)).figure == 0
+    surface = Subject(Defence.bare("labels", Labels(Affine(), 3)), LINF, x, y)
+    assert checks.edge(surface).figure == 1
+    constant = Changed(nn.Identity(), after=lambda z: torch.eye(3)[:1].expand(len(z), 3))
+    assert checks.edge(Subject(Defence.bare("constant", constant), LINF, x, 0 * y)).passed
+
+
 def test_an_answer_that_depends_on_the_size_of_the_batch_is_flagged(learned: Any) -> None:
     model, x, y = learned
     assert "batch" in failed(Defence.bare("alone", Alone(model)), x, y)
