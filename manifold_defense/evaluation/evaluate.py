@@ -302,7 +302,8 @@ def evaluate(
     many of those that were left (0: none is): under every L∞ and L2 threat by all checks, under others for
     the stronger attack alone. The rows of a threat under which it fails are marked, and those of threats
     that are no such ball if it fails under one. Raises ValueError for images outside [0, 1], labels
-    that are not int64, defences or attacks of the same name, and a threat that no attack applies to.
+    that are not int64, defences or attacks of the same name, a threat that no attack applies to, and a model
+    that returns no logits or changes the images that it is given.
     """
     _check(defences, attacks, threats, x, y, mode)
     compute = compute or in_batches(max(len(x), 1))
@@ -310,6 +311,8 @@ def evaluate(
     first = next((threat for threat in threats if threat.norm in BALLS), threats[0])
     examined = list(product(defences, threats)) if checks and len(x) else []
     unused = {defence.name: _copied(defence.model) for defence, _ in examined}
+    for defence in defences:
+        _ask(defence, x, y)
     ledger, outcomes = _Ledger(mode), list[tuple[Job, Outcome]]()
     total = len(todo) + len(pairs) + len(examined)
 
@@ -372,6 +375,27 @@ def evaluate(
         ledger.worst,
         {key: torch.stack(list(images.values())) for key, images in ledger.broken.items() if images},
     )
+
+
+@torch.no_grad()
+def _ask(defence: Defence, x: Tensor, y: Tensor) -> None:
+    """Raise ValueError for a model that cannot be evaluated on images x (N, C, H, W), labels y (N,)."""
+    given, known = x[:2].clone(), int(y.max()) + 1 if len(y) else 0
+    with evaluation_mode(defence.model), seeded(defence.model, 0):
+        logits = defence.model(given)
+    expected = f"{defence.name}: expected float logits (N, K) of {len(given)} images, got"
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"{expected} {type(logits).__name__}")
+    if logits.dim() != 2 or len(logits) != len(given) or not logits.is_floating_point():
+        raise ValueError(f"{expected} {logits.dtype} of shape {tuple(logits.shape)}")
+    if logits.shape[1] < known:
+        raise ValueError(
+            f"labels: expected below {logits.shape[1]}, the classes of {defence.name}, got {known - 1}"
+        )
+    if not torch.equal(given, x[:2]):
+        raise ValueError(
+            f"{defence.name}: expected a model that leaves its images alone, it changed them in place"
+        )
 
 
 def _copied(model: Classifier) -> Classifier | None:

@@ -1,6 +1,7 @@
 """The evaluation: what counts as robust, and what becomes of the images."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -496,6 +497,14 @@ def test_an_answer_that_is_not_a_number_is_wrong() -> None:
     assert outcome.score.tolist() == [0, 0]
 
 
+def answering(forward: Callable[[Tensor], Any]) -> dict[str, Any]:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return forward(x)
+
+    return {"defences": [Defence.bare("a", Model())]}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -510,6 +519,12 @@ def test_an_answer_that_is_not_a_number_is_wrong() -> None:
         ({"x": torch.zeros(4, 4)}, r"images: expected shape \(N, C, H, W\), got \(4, 4\)"),
         ({"y": torch.zeros(3, dtype=torch.long)}, "labels: expected 4 of int64"),
         ({"y": torch.zeros(4, dtype=torch.int32)}, "labels: expected 4 of int64, got torch.int32"),
+        ({"y": torch.full((4,), 2)}, "labels: expected below 2, the classes of a, got 2"),
+        (answering(lambda x: (x, x)), r"a: expected float logits \(N, K\) of 2 images, got tuple"),
+        (answering(lambda x: x), r"a: expected .*, got torch.float32 of shape \(2, 1, 2, 2\)"),
+        (answering(lambda x: x[:1].flatten(1)), r"a: expected .*, got torch.float32 of shape \(1, 4\)"),
+        (answering(lambda x: x.flatten(1).long()), r"a: expected .*, got torch.int64 of shape \(2, 4\)"),
+        (answering(lambda x: x.add_(0.1).flatten(1)), "a: expected a model that leaves its images alone"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(change: dict[str, Any], words: str) -> None:
