@@ -249,7 +249,7 @@ class EvaluateConfig:
         AttackConfig("window_pgd", steps=20, restarts=4, views=("exact",)),
         AttackConfig("fmn", steps=30, views=("exact",)),
         AttackConfig("range", steps=20),
-        AttackConfig("detector_aware", steps=20, views=("exact",)),
+        AttackConfig("detector_aware", steps=20, restarts=8, views=("exact",)),
         AttackConfig("square", steps=100),
     )
 

@@ -19,6 +19,7 @@ from manifold_defense.attacks.objective import (
     logits_and_gradient,
     margins,
 )
+from manifold_defense.attacks.window import best_drawn, draw_pieces, draw_windows
 from manifold_defense.types import Classifier, Norm
 
 Method = Literal["lagrangian", "orthogonal", "selective"]
@@ -41,6 +42,7 @@ def detector_aware(
     step_size: float | None = None,
     steps: int = 100,
     restarts: int = 1,
+    tries: int = 20,
     loss: str = "margin",
     method: Method = "lagrangian",
     targeted: bool = False,
@@ -52,8 +54,10 @@ def detector_aware(
     `residual` takes images to (N,) and is differentiated; what it gives above `threshold` is refused.
     Returned is, of all iterates that both fool the model and pass, that of the highest margin; the clean
     image where there is none. The first restart starts at the image, which should pass, the further
-    ones at random points of the ball. Each step takes a gradient of `loss` and one of `residual`, both
-    scaled to length 1, and combines them by `method`:
+    ones by turns at a random point of the ball, at the worst of `tries` windows and at that of as many
+    pieces of other images of the batch, as `window_pgd` does: at L2 these break what the others leave. Each
+    step takes a gradient of `loss` and one of `residual`, both scaled to length 1, and combines them by
+    `method`:
 
     lagrangian  g − w r, with a weight w ≥ 0 for each image, by dual ascent
     selective   g until the model is fooled, then −r until the image passes, then g again
@@ -70,14 +74,21 @@ def detector_aware(
     x = x.detach()
     best = x.clone()
 
+    def margin_of(images: Tensor, labels: Tensor) -> Tensor:
+        return margins(model(images), labels, targeted)
+
     with evaluation_mode(model), evaluation_mode(residual):
         best_margin = x.new_full((len(x),), -torch.inf)
         found = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for restart in range(restarts):
-            start = shape.sample(x, eps, rng) if restart else torch.zeros_like(x)
-            current = (x + shape.project(start, eps)).clamp(0, 1)
             multiplier = torch.zeros_like(best_margin)
             active = (~found if stop_early else torch.ones_like(found)).nonzero().squeeze(1)
+            current = x.clone()
+            if restart % 3 == 1 or (restart and len(x) == 1):
+                current = (x + shape.project(shape.sample(x, eps, rng), eps)).clamp(0, 1)
+            elif restart:
+                draw = draw_windows if restart % 3 == 2 else draw_pieces
+                current[active] = best_drawn(draw, margin_of, x, y, active, norm, eps, tries, rng)
             for step in range(steps + 1):
                 if len(active) == 0:
                     break

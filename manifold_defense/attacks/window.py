@@ -56,19 +56,13 @@ def window_pgd(
     x = x.detach()
     restart = itertools.count()
 
-    @torch.no_grad()
+    def margin(images: Tensor, labels: Tensor) -> Tensor:
+        return margins(model(images), labels, targeted)
+
     def start(rows: Tensor) -> Tensor:
         # Two and two, since two losses take turns.
         draw = draw_pieces if next(restart) % 4 >= 2 and len(x) > 1 else draw_windows
-        best, highest = x[rows], x.new_full((len(rows),), -torch.inf)
-        for _ in range(tries):
-            tried = x + shape.project(draw(x, rng) - x, eps)
-            tried = shape.place(x[rows], tried[rows], eps, (0.0, 1.0))
-            margin = margins(model(tried), y[rows], targeted).to(highest)
-            better = margin > highest
-            best = torch.where(column(better, best), tried, best)
-            highest = torch.where(better, margin, highest)
-        return best
+        return best_drawn(draw, margin, x, y, rows, norm, eps, tries, rng)
 
     def move(clean: Tensor, at: Tensor, gradient: Tensor, left: float) -> Tensor:
         return shape.step(clean, at, gradient, longest * left, eps, (0.0, 1.0))
@@ -85,6 +79,34 @@ def window_pgd(
         targeted=targeted,
         stop_early=stop_early,
     )
+
+
+@torch.no_grad()
+def best_drawn(
+    draw: Callable[[Tensor, torch.Generator], Tensor],
+    score: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    norm: Norm,
+    eps: float,
+    tries: int,
+    rng: torch.Generator,
+) -> Tensor:
+    """Images `rows` (M,) of x (N, C, H, W), labels y (N,), each as the best of `tries` draws in the ball.
+
+    `score` takes images (M, C, H, W) and their labels to (M,).
+    """
+    shape = geometry(norm)
+    best, highest = x[rows], x.new_full((len(rows),), -torch.inf)
+    for _ in range(tries):
+        tried = x + shape.project(draw(x, rng) - x, eps)
+        tried = shape.place(x[rows], tried[rows], eps, (0.0, 1.0))
+        reached = score(tried, y[rows]).to(highest)
+        better = reached > highest
+        best = torch.where(column(better, best), tried, best)
+        highest = torch.where(better, reached, highest)
+    return best
 
 
 def draw_windows(x: Tensor, rng: torch.Generator) -> Tensor:

@@ -41,7 +41,7 @@ _LAST: Mapping[Norm, tuple[AttackConfig, ...]] = {
     "patch": (AttackConfig("patch", 40, 3, "both"),),
     "corruption": (AttackConfig("corruption", 10),),
 }
-_LAST_REFUSED = (AttackConfig("detector_aware", 100),)
+_LAST_REFUSED = (AttackConfig("detector_aware", 40, 4),)
 # Under these threats every check is asked, under others whether the attacks have converged.
 BALLS: tuple[Norm, ...] = ("linf", "l2")
 _STAND_IN = Threat("linf", 0.1)
