@@ -33,7 +33,7 @@ from pipelines.data import subset, to_float
 from pipelines.own import load_own, load_own_filter
 
 _CALIBRATION = 500  # images on which a threshold is set
-_DRAWS = 10  # of a randomised baseline, for each verdict and each averaged gradient
+_DRAWS, _ATTACKED = 100, 20  # of a model that draws, for each verdict and for each gradient
 
 
 def load_run_filter(context: Context) -> ManifoldFilter:
@@ -157,7 +157,7 @@ def _baselines(context: Context, classifier: nn.Module, filter: ManifoldFilter |
 def _averaged(defence: Defence) -> Defence:
     """A defence that draws: its mean over draws is attacked, its score the share of draws that are right."""
     attacked = {
-        view: model if view == "unaware" else Expectation(model, _DRAWS)
+        view: model if view == "unaware" else Expectation(model, _ATTACKED)
         for view, model in defence.attacked.items()
     }
     return replace(defence, attacked=attacked, draws=_DRAWS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,16 +14,16 @@ from manifold_defense.types import Classifier
 
 
 class Expectation(nn.Module):
-    """The mean log-probabilities (N, K) of `model` over `draws`: an attack on it averages its gradients.
+    """The logarithm of the mean probabilities (N, K) of `model` over `draws`, which is what an attack climbs.
 
     Every call repeats the draws that begin at `seed`, so that it is a function of the images: iterates
     can be compared, and a run repeated. The model's own stream of draws goes on as if nothing had been.
 
-    Averaged are log-probabilities: margins are those of averaged logits, no draw's vanishes where it is
-    sure, and a constant that a draw adds to its logits cancels first. The logarithm of averaged
-    probabilities is nearer to the vote, but its gradient comes from few draws, and from none once all
-    are sure. A margin of the mean above zero is not yet a majority of wrong draws: attack with
-    `stop_early=False`, and score by `mean_over_draws`, on another seed.
+    A draw that is fooled already has little left to give, and the gradient is that of the others; of mean
+    logits, every draw's counts alike, and PGD leaves more. A constant that a draw adds to its logits cancels
+    first, and where all are sure the logarithm still has a slope. A margin of the mean above zero is not yet
+    a majority of wrong draws: attack with `stop_early=False`, and score by `mean_over_draws`, on another
+    seed and on more draws, since those that all images share err alike.
     """
 
     def __init__(self, model: Classifier, draws: int = 20, seed: int = 0) -> None:
@@ -32,7 +34,7 @@ class Expectation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with seeded(self.model, self.seed):
             values = [F.log_softmax(self.model(x), dim=1) for _ in range(self.draws)]
-        return torch.stack(values).mean(0)
+        return torch.stack(values).logsumexp(0) - math.log(self.draws)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manifold_defense.attacks import fgsm, geometry, noise, pgd, square
+from manifold_defense.attacks import fgsm, geometry, mean_over_draws, noise, pgd, square
 from manifold_defense.attacks.norms import column
 from manifold_defense.attacks.objective import correct, evaluation_mode, logits_and_gradient, margins
 from manifold_defense.evaluation.suite import AttackConfig, Defence
@@ -76,10 +76,10 @@ class Check:
 class Subject:
     """A defence under examination: images (N, C, H, W), labels (N,), a threat.
 
-    `left` are images (M, C, H, W) and labels (M,) that other attacks could not break, a sample of the
-    share `left_share` of all; without, those are taken that `adversarial` leaves. `unused` is a copy of the
-    deployed model that was never asked anything. Results of attacks are kept, since several checks
-    compare the same ones.
+    `left` are images (M, C, H, W), labels (M,) and scores (M,) of what other attacks could not break, a
+    sample of the share `left_share` of all; without, those are taken that `adversarial` leaves. `unused`
+    is a copy of the deployed model that was never asked anything. Results of attacks are kept, since
+    several checks compare the same ones.
     """
 
     defence: Defence
@@ -88,31 +88,23 @@ class Subject:
     y: Tensor
     steps: int = 15
     seed: int = 0
-    left: tuple[Tensor, Tensor] | None = None
+    left: tuple[Tensor, Tensor, Tensor] | None = None
     left_share: float = 1.0
     unused: Classifier | None = None
     _kept: dict[Any, Tensor] = field(default_factory=dict, repr=False)
-
-    @property
-    def exact(self) -> Classifier:
-        """What the strongest attack differentiates: the exact view, or the last that there is."""
-        return self.defence.attacked[list(self.defence.attacked)[-1]]
-
-    @property
-    def deployed(self) -> Classifier:
-        """Whose answers count; of a model that draws, the mean that is attacked stands for it."""
-        return self.exact if self.defence.draws > 1 else self.defence.model
 
     def adversarial(self, attack: str = "pgd", view: str | None = None, scale: float = 1.0) -> Tensor:
         """Images after noise, fgsm, square or pgd (two restarts, both losses), at `scale` times eps."""
         key = (attack, view, scale)
         if key not in self._kept:
             norm, eps = self.threat.norm, self.threat.eps * scale
-            model = self.exact if view is None else self.defence.attacked[view]
+            model = self.defence.strongest if view is None else self.defence.attacked[view]
             if attack == "noise":
-                made = noise(self.deployed, self.x, self.y, norm=norm, eps=eps, seed=self.seed)
+                made = noise(self.defence.answering, self.x, self.y, norm=norm, eps=eps, seed=self.seed)
             elif attack == "square":
-                made = square(self.deployed, self.x, self.y, norm=norm, eps=eps, steps=200, seed=self.seed)
+                made = square(
+                    self.defence.answering, self.x, self.y, norm=norm, eps=eps, steps=200, seed=self.seed
+                )
             elif attack == "fgsm":
                 made = fgsm(model, self.x, self.y, norm=norm, eps=eps, loss="margin")
             else:
@@ -135,11 +127,11 @@ class Subject:
         """Which images (N,) the deployed model gets right, clean and as `x_adv`."""
         return correct(self.logits(self.x), self.y) & correct(self.logits(x_adv), self.y)
 
-    def holds(self, x_adv: Tensor, y: Tensor) -> Tensor:
-        """Which attacked images (N,) the deployed model gets right, or refuses."""
-        if self.defence.predict is None:
-            return correct(self.logits(x_adv), y)
-        return defended(self.defence.predict(x_adv), y, attacked=True)
+    def score(self, x_adv: Tensor, y: Tensor) -> Tensor:
+        """In which share (N,) of its draws the deployed model gets attacked images right, or refuses them."""
+        if self.defence.predict is not None:
+            return defended(self.defence.predict(x_adv), y, attacked=True).double()
+        return mean_over_draws(self.defence.model, x_adv, y, self.defence.draws, self.seed + 1)
 
     def share(self, *attack: Any) -> float:
         """Of the images that are robust to `adversarial(*attack)`."""
@@ -148,13 +140,13 @@ class Subject:
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """(N, K) of the deployed model in eval mode."""
-        with evaluation_mode(self.deployed):
-            return self.deployed(x)
+        with evaluation_mode(self.defence.answering):
+            return self.defence.answering(x)
 
     def gradient(self, x: Tensor) -> Tensor:
         """Of the margin at x (N, C, H, W); zero where the model hides it."""
-        with evaluation_mode(self.exact):
-            return logits_and_gradient(self.exact, x, self.y, "margin", targeted=False)[1]
+        with evaluation_mode(self.defence.strongest):
+            return logits_and_gradient(self.defence.strongest, x, self.y, "margin", targeted=False)[1]
 
     def verdict(self, name: str, figure: float, passed: bool, words: str) -> Check:
         return Check(self.defence.name, name, figure, passed, words)
@@ -298,7 +290,7 @@ def edge(s: Subject) -> Check:
 
 def rule(s: Subject) -> Check:
     """Does an attack know by which rule the model refuses images?"""
-    unknown = s.defence.predict is not None and not isinstance(s.exact, RejectingClassifier)
+    unknown = s.defence.predict is not None and not isinstance(s.defence.strongest, RejectingClassifier)
     words = "it refuses images by a rule that no attack here knows"
     return s.verdict("rule", float(unknown), not unknown, words)
 
@@ -359,25 +351,27 @@ def convergence(s: Subject) -> Check:
     """Does a longer attack still break images that are said to be robust?"""
     if s.left is None:
         alive = s.robust(s.adversarial("pgd"))
-        (x, y), share, most = (s.x[alive], s.y[alive]), _share(alive), 3 * _TOLERANCE
+        x, y, share, most = s.x[alive], s.y[alive], _share(alive), 3 * _TOLERANCE
+        before = s.score(x, y)
     else:
-        (x, y), share, most = s.left, s.left_share, _FALL
+        (x, y, before), share, most = s.left, s.left_share, _FALL
     if s.defence.predict is not None and s.threat.norm not in BALLS and len(x):
         # What fools it is refused, and held to be defended; `detector_aware` is of balls alone.
         words = "no attack under this threat knows by which rule images are refused: they count as defended"
         return s.verdict("convergence", share, False, words)
-    refuses = isinstance(s.exact, RejectingClassifier) and s.threat.norm in BALLS
+    refuses = isinstance(s.defence.strongest, RejectingClassifier) and s.threat.norm in BALLS
     last = _LAST_REFUSED if refuses else _LAST[s.threat.norm]
     seed = s.seed + 1_000_003  # not a start that the attacks before had
     press = s.defence.draws > 1
-    held = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    score = before.double().clone()
     for config in last:
-        at = held.nonzero()[:, 0]
+        at = (score > 0).nonzero()[:, 0]
         if len(at):
-            attack = config.bind(s.threat, seed=seed, press=press, model=s.exact)
-            held[at] = s.holds(attack(s.exact, x[at], y[at]), y[at])
-    broken = int((~held).sum())
-    fall = share * broken / max(len(x), 1)
+            attack = config.bind(s.threat, seed=seed, press=press, model=s.defence.strongest)
+            found = s.score(attack(s.defence.strongest, x[at], y[at]), y[at])
+            score[at] = torch.minimum(score[at], found)
+    broken = int((before - score).sum().round())
+    fall = share * float((before - score).sum() / before.sum().clamp(min=1))
     words = (
         f"{', '.join(config.label for config in last)} break another {broken} of {len(x)} images that "
         f"were left: the figure is some {100 * fall:.0f} points too high"
@@ -426,7 +420,7 @@ def examine(
     x: Tensor,
     y: Tensor,
     *,
-    left: tuple[Tensor, Tensor] | None = None,
+    left: tuple[Tensor, Tensor, Tensor] | None = None,
     left_share: float = 1.0,
     steps: int = 15,
     seed: int = 0,
@@ -438,7 +432,7 @@ def examine(
     Those `OF_MODEL` look at its gradients and answers, whatever the threat, those `OF_THREAT` at what
     attacks find within it: passing them under one threat says nothing of another.
 
-    `left` are images and labels of those that an evaluation could not break, or some of them, and
+    `left` are images, labels and scores of those that an evaluation could not break, or some of them, and
     `left_share` the robust accuracy that it states; without, those are taken that PGD of `steps`
     leaves. Where `threat` is no L∞ or L2 ball, L∞ 0.1 stands in for it, but for what is `left`: whether a
     longer attack breaks that is asked of every threat. `unused` is a copy of the deployed model from

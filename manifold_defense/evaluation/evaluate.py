@@ -151,7 +151,7 @@ def attack_images(job: Job, x: Tensor, y: Tensor, seed: int, meter: Meter | None
     """
     if job.attack is None or job.threat is None or job.view is None:
         return x
-    attacked = job.defence.model if job.view == NO_GRADIENT else job.defence.attacked[job.view]
+    attacked = job.defence.answering if job.view == NO_GRADIENT else job.defence.attacked[job.view]
     # Fooling the attacked model is not the end where another judges, or the same on other draws.
     press = job.view == "unaware" or job.defence.draws > 1
     attack = job.attack.bind(job.threat, seed=seed, press=press, model=attacked)
@@ -358,7 +358,7 @@ def evaluate(
             threat,
             x[right],
             y[right],
-            left=(x[at], y[at]),
+            left=(x[at], y[at], score[at]),
             left_share=float(score.mean()),
             seed=seed,
             unused=unused[defence.name],

@@ -231,6 +231,16 @@ class Defence:
     draws: int = 1
     predict: Callable[[Tensor], Tensor] | None = None
 
+    @property
+    def strongest(self) -> Classifier:
+        """What the strongest attack differentiates: the exact view, or the last that there is."""
+        return self.attacked[list(self.attacked)[-1]]
+
+    @property
+    def answering(self) -> Classifier:
+        """What attacks ask for answers alone: of a model that draws, the mean that is attacked."""
+        return self.strongest if self.draws > 1 else self.model
+
     @classmethod
     def of(cls, name: str, model: Classifier, trained: tuple[Threat, ...] = ()) -> Defence:
         """A model in every view that its kind has."""

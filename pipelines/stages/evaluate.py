@@ -97,11 +97,10 @@ def _digest(defences: list[Defence], x: Tensor) -> str:
                 digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         filter = getattr(defence.model, "filter", None)
         digest.update(repr(getattr(filter, "config", None)).encode())
-        *_, strongest = defence.attacked.values()
         images = asked.clone().requires_grad_(True)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)  # for models that draw
-            logits = strongest(images)
+            logits = defence.strongest(images)
         answered(logits)
         if logits.requires_grad:
             (slope,) = torch.autograd.grad(logits.square().sum(), images, allow_unused=True)

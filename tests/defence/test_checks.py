@@ -149,7 +149,7 @@ def test_what_leads_every_loss_astray_is_found_all_the_same(how: str, threat: Th
     share = float(alive.float().mean())
     honest = Subject(Defence.bare("honest", model), threat, x, y).share("pgd")
     assert share > honest + 0.05
-    found = examine(astray, threat, x, y, left=(x[alive], y[alive]), left_share=share)
+    found = examine(astray, threat, x, y, left=(x[alive], y[alive], alive[alive].float()), left_share=share)
     assert "convergence" in {check.name for check in found if not check.passed}
 
 
@@ -249,13 +249,15 @@ def test_images_that_a_longer_attack_still_breaks_are_told(learned: Any) -> None
     """Clean images were never attacked: to call them robust is the mistake that the check is for."""
     model, x, y = learned
     honest = Defence.bare("honest", model)
-    by_name = {c.name: c for c in examine(honest, LINF, x, y, left=(x, y), left_share=1.0)}
+    by_name = {
+        c.name: c for c in examine(honest, LINF, x, y, left=(x, y, torch.ones(len(x))), left_share=1.0)
+    }
     found = by_name["convergence"]
     assert not found.passed
     assert found.figure > 0.3
-    none = examine(honest, LINF, x, y, left=(x[:0], y[:0]), left_share=0.0)
+    none = examine(honest, LINF, x, y, left=(x[:0], y[:0], torch.ones(0)), left_share=0.0)
     assert all(c.passed for c in none)
-    rare = examine(honest, LINF, x, y, left=(x, y), left_share=0.01)
+    rare = examine(honest, LINF, x, y, left=(x, y, torch.ones(len(x))), left_share=0.01)
     assert all(c.passed for c in rare)  # of a hundredth of the images little can be lost
 
 
@@ -269,7 +271,9 @@ def test_what_is_left_of_any_threat_is_attacked_within_it(threat: Threat, learne
     with torch.no_grad():
         right = model(x).argmax(1) == y
     x, y = x[right], y[right]
-    found = {c.name: c for c in examine(honest, threat, x, y, left=(x, y), left_share=1.0)}
+    found = {
+        c.name: c for c in examine(honest, threat, x, y, left=(x, y, torch.ones(len(x))), left_share=1.0)
+    }
     assert len(found) == len(CHECKS)
     convergence = found.pop("convergence")
     assert (convergence.norm, convergence.eps) == (threat.norm, threat.eps)
@@ -286,7 +290,27 @@ def test_a_refusal_holds(learned: Any, linear: Any) -> None:
     strict = Defence.filtered("strict", RejectingClassifier(filter, model, threshold=0.0))
     assert strict.predict is not None
     assert (strict.predict(x) == -1).all()
-    assert Subject(strict, LINF, x, y).holds(x, y).all()
+    assert Subject(strict, LINF, x, y).score(x, y).eq(1).all()
+
+
+@pytest.mark.parametrize(("eps", "fall"), [(0.01, 0.0), (0.2, 0.6)])
+def test_of_a_model_that_draws_the_fall_is_that_of_its_mean_score(eps: float, fall: float) -> None:
+    """It is right in some three draws of four, and in none where the image is darker by more than a tenth."""
+
+    class Wavering(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            drawn = 4.0 if torch.rand(()) < 0.75 else -4.0
+            margin = drawn + 40 * (x.flatten(1).mean(1) - 0.5)
+            return torch.stack([-margin, margin], 1)
+
+    model, x, y = Wavering(), torch.full((6, 1, 4, 4), 0.5), torch.ones(6, dtype=torch.long)
+    drawing = Defence("drawing", model, {"exact": Expectation(model, 20)}, draws=400)
+    clean = Subject(drawing, LINF, x, y).score(x, y)
+    assert float(clean.mean()) == pytest.approx(0.75, abs=0.05)
+    subject = Subject(drawing, Threat("linf", eps), x, y, left=(x, y, clean), left_share=0.6)
+    found = checks.convergence(subject)
+    assert found.figure == pytest.approx(fall, abs=1e-6)
+    assert found.passed == (fall == 0)
 
 
 @pytest.mark.parametrize("threat", [Threat("patch", 3), Threat("l0", 4), Threat("corruption", 3)])
@@ -296,9 +320,9 @@ def test_refusals_where_no_attack_knows_the_rule_are_no_robustness(
     model, x, y = learned
     filter = ManifoldFilter(linear.float(), config=ProjectionConfig("gd", "origin", steps=2))
     refusing = Defence.filtered("refusing", RejectingClassifier(filter, model, threshold=0.01))
-    subject = Subject(refusing, threat, x, y, left=(x, y))
+    subject = Subject(refusing, threat, x, y, left=(x, y, torch.ones(len(x))))
     assert not checks.convergence(subject).passed
-    assert checks.convergence(replace(subject, left=(x[:0], y[:0]), left_share=0.0)).passed
+    assert checks.convergence(replace(subject, left=(x[:0], y[:0], torch.ones(0)), left_share=0.0)).passed
 
 
 def test_a_model_that_is_always_wrong_says_nothing(learned: Any) -> None:
