@@ -287,7 +287,8 @@ def evaluate_command(
     """Stage: attack every defence in every view.
 
     The results of an own classifier go to runs/own, unless --run says otherwise. They are measured
-    anew each time: its weights may have changed. Only an interrupted evaluation of equal weights goes on.
+    anew each time: its weights may have changed. Only a first evaluation that was interrupted goes on, if
+    the weights are equal.
     """
     if folder is not None and classifier is None:
         raise click.UsageError(

@@ -51,13 +51,16 @@ def load_own(source: str, data: Dataset, device: torch.device) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise refused(f"expected a torch.nn.Module, got {type(model).__name__}")
     model = model.to(device).requires_grad_(False).eval()
-    x = to_float(data.test.images[:2]).to(device).requires_grad_(True)
+    clean = to_float(data.test.images[:2]).to(device)
+    x = clean.clone().requires_grad_(True)
     try:
         logits = model(x)
         if isinstance(logits, torch.Tensor) and logits.requires_grad:
             torch.autograd.grad(logits.sum(), x, allow_unused=True)
     except Exception as error:
         raise refused(f"no answer to images of shape {data.image_shape}: {_blamed(error)}") from None
+    if not torch.equal(x, clean):
+        raise refused("expected a model that leaves its images alone, it changed them in place")
     classes = len(data.classes)
     if not isinstance(logits, torch.Tensor) or logits.shape != (len(x), classes):
         given = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__

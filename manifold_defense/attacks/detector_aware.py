@@ -66,6 +66,8 @@ def detector_aware(
     shape = geometry(norm)
     if not eps >= 0 or steps < 1 or restarts < 1:
         raise ValueError(f"expected eps ≥ 0, steps ≥ 1, restarts ≥ 1, got {eps}, {steps}, {restarts}")
+    if tries < 1:
+        raise ValueError(f"tries: expected at least 1, got {tries}")
     if method not in get_args(Method):
         raise ValueError(f"method: expected one of {', '.join(get_args(Method))}, got {method!r}")
     step_size = 5 * eps / steps if step_size is None else step_size
@@ -83,11 +85,13 @@ def detector_aware(
         for restart in range(restarts):
             multiplier = torch.zeros_like(best_margin)
             active = (~found if stop_early else torch.ones_like(found)).nonzero().squeeze(1)
+            if len(active) == 0:
+                break
             current = x.clone()
-            if restart % 3 == 1 or (restart and len(x) == 1):
+            if restart % 3 == 1:
                 current = (x + shape.project(shape.sample(x, eps, rng), eps)).clamp(0, 1)
             elif restart:
-                draw = draw_windows if restart % 3 == 2 else draw_pieces
+                draw = draw_windows if restart % 3 == 2 or len(x) == 1 else draw_pieces
                 current[active] = best_drawn(draw, margin_of, x, y, active, norm, eps, tries, rng)
             for step in range(steps + 1):
                 if len(active) == 0:

@@ -14,16 +14,17 @@ from manifold_defense.types import Classifier
 
 
 class Expectation(nn.Module):
-    """The logarithm of the mean probabilities (N, K) of `model` over `draws`, which is what an attack climbs.
+    """What an attack climbs in place of `model`: log-probabilities (N, K) averaged over `draws`, in two ways.
 
     Every call repeats the draws that begin at `seed`, so that it is a function of the images: iterates
     can be compared, and a run repeated. The model's own stream of draws goes on as if nothing had been.
 
-    A draw that is fooled already has little left to give, and the gradient is that of the others; of mean
-    logits, every draw's counts alike, and PGD leaves more. A constant that a draw adds to its logits cancels
-    first, and where all are sure the logarithm still has a slope. A margin of the mean above zero is not yet
-    a majority of wrong draws: attack with `stop_early=False`, and score by `mean_over_draws`, on another
-    seed and on more draws, since those that all images share err alike.
+    Half is the logarithm of their mean probability: its gradient is that of the draws that still decide, and
+    PGD leaves fewer images than on mean logits. But of large logits a single draw decides. So half is the
+    mean of their logarithms, in which every draw counts alike at any scale, and a constant that a draw adds
+    to its logits cancels. A margin above zero is not yet a majority of wrong draws: attack with
+    `stop_early=False`, and score by `mean_over_draws`, on another seed and on more draws, since those that
+    all images share err alike.
     """
 
     def __init__(self, model: Classifier, draws: int = 20, seed: int = 0) -> None:
@@ -33,8 +34,8 @@ class Expectation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with seeded(self.model, self.seed):
-            values = [F.log_softmax(self.model(x), dim=1) for _ in range(self.draws)]
-        return torch.stack(values).logsumexp(0) - math.log(self.draws)
+            values = torch.stack([F.log_softmax(self.model(x), dim=1) for _ in range(self.draws)])
+        return (values.mean(0) + values.logsumexp(0) - math.log(self.draws)) / 2
 
 
 @torch.no_grad()

@@ -311,7 +311,7 @@ def evaluate(
     first = next((threat for threat in threats if threat.norm in BALLS), threats[0])
     examined = list(product(defences, threats)) if checks and len(x) else []
     unused = {defence.name: _copied(defence.model) for defence, _ in examined}
-    for defence in defences:
+    for defence in defences if len(x) else ():
         _ask(defence, x, y)
     ledger, outcomes = _Ledger(mode), list[tuple[Job, Outcome]]()
     total = len(todo) + len(pairs) + len(examined)
@@ -380,7 +380,7 @@ def evaluate(
 @torch.no_grad()
 def _ask(defence: Defence, x: Tensor, y: Tensor) -> None:
     """Raise ValueError for a model that cannot be evaluated on images x (N, C, H, W), labels y (N,)."""
-    given, known = x[:2].clone(), int(y.max()) + 1 if len(y) else 0
+    given, known = x[:2].clone(), int(y.max()) + 1
     with evaluation_mode(defence.model), seeded(defence.model, 0):
         logits = defence.model(given)
     expected = f"{defence.name}: expected float logits (N, K) of {len(given)} images, got"

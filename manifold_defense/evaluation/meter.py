@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from manifold_defense.attacks import Expectation
 from manifold_defense.filter import ManifoldFilter
 from manifold_defense.types import Classifier
 
@@ -50,13 +51,14 @@ class _Counted(nn.Module):
     def __init__(self, model: Classifier, meter: Meter) -> None:
         super().__init__()
         self.model, self.meter = model, meter
+        self.draws = model.draws if isinstance(model, Expectation) else 1
 
     def forward(self, x: Tensor) -> Tensor:
-        self.meter.forward += len(x)
+        self.meter.forward += len(x) * self.draws
         if x.requires_grad:
             x = x.view_as(x)  # a leaf may be shared: its hook would stay
             x.register_hook(self._passed)
         return self.model(x)
 
     def _passed(self, gradient: Tensor) -> None:
-        self.meter.backward += len(gradient)
+        self.meter.backward += len(gradient) * self.draws

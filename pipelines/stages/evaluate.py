@@ -96,7 +96,7 @@ def _digest(defences: list[Defence], x: Tensor) -> str:
             for value in defence.model.state_dict().values():
                 digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         filter = getattr(defence.model, "filter", None)
-        digest.update(repr(getattr(filter, "config", None)).encode())
+        digest.update(repr((getattr(filter, "config", None), defence.draws)).encode())
         images = asked.clone().requires_grad_(True)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)  # for models that draw

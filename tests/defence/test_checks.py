@@ -52,6 +52,12 @@ class Changed(nn.Module):
         return self.after(logits) if self.after else logits
 
 
+def some(x: Tensor) -> Tensor:
+    """x, for a model that cannot be asked about no images, as a view of unknown length cannot."""
+    assert len(x)
+    return x
+
+
 def shattered(x: Tensor) -> Tensor:
     """Almost x, but for ripples far finer than a perturbation, whose slope drowns that of x."""
     return x + 0.002 * torch.sin(4000 * x)
@@ -178,7 +184,7 @@ def test_an_affine_margin_vanishes_where_the_label_changes(gain: float) -> None:
     assert checks.edge(Subject(Defence.bare("affine", Affine()), LINF, x, y)).figure == 0
     surface = Subject(Defence.bare("labels", Labels(Affine(), 3)), LINF, x, y)
     assert checks.edge(surface).figure == 1
-    constant = Changed(nn.Identity(), after=lambda z: torch.eye(3)[:1].expand(len(z), 3))
+    constant = Changed(nn.Identity(), before=some, after=lambda z: torch.eye(3)[:1].expand(len(z), 3))
     assert checks.edge(Subject(Defence.bare("constant", constant), LINF, x, 0 * y)).passed
 
 
@@ -255,6 +261,8 @@ def test_images_that_a_longer_attack_still_breaks_are_told(learned: Any) -> None
     found = by_name["convergence"]
     assert not found.passed
     assert found.figure > 0.3
+    broken = Subject(Defence.bare("some", Changed(model, some)), Threat("linf", 1.0), x, y)
+    assert checks.convergence(broken).passed
     none = examine(honest, LINF, x, y, left=(x[:0], y[:0], torch.ones(0)), left_share=0.0)
     assert all(c.passed for c in none)
     rare = examine(honest, LINF, x, y, left=(x, y, torch.ones(len(x))), left_share=0.01)
@@ -290,7 +298,7 @@ def test_a_refusal_holds(learned: Any, linear: Any) -> None:
     strict = Defence.filtered("strict", RejectingClassifier(filter, model, threshold=0.0))
     assert strict.predict is not None
     assert (strict.predict(x) == -1).all()
-    assert Subject(strict, LINF, x, y).score(x, y).eq(1).all()
+    assert Subject(strict, LINF, x, y).score(x, y, 1).eq(1).all()
 
 
 @pytest.mark.parametrize(("eps", "fall"), [(0.01, 0.0), (0.2, 0.6)])
@@ -305,11 +313,11 @@ def test_of_a_model_that_draws_the_fall_is_that_of_its_mean_score(eps: float, fa
 
     model, x, y = Wavering(), torch.full((6, 1, 4, 4), 0.5), torch.ones(6, dtype=torch.long)
     drawing = Defence("drawing", model, {"exact": Expectation(model, 20)}, draws=400)
-    clean = Subject(drawing, LINF, x, y).score(x, y)
+    clean = Subject(drawing, LINF, x, y).score(x, y, 17)
     assert float(clean.mean()) == pytest.approx(0.75, abs=0.05)
     subject = Subject(drawing, Threat("linf", eps), x, y, left=(x, y, clean), left_share=0.6)
     found = checks.convergence(subject)
-    assert found.figure == pytest.approx(fall, abs=1e-6)
+    assert found.figure == pytest.approx(fall, abs=0.03)
     assert found.passed == (fall == 0)
 
 

@@ -5,6 +5,7 @@ known in closed form or by `linprog`.
 """
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from manifold_defense.attacks import (
     pair_break,
     pgd,
     range_attack,
+    window,
 )
 from manifold_defense.attacks.lagrange import raised, unit
 from manifold_defense.attacks.objective import fooled, margins
@@ -507,6 +509,34 @@ def test_a_clean_image_that_is_refused_is_brought_past_the_detector() -> None:
         assert torch.equal(detector_aware(model, x, y, residual=residual, threshold=threshold, eps=0.05), x)
     broken = detector_aware(model, x, y, residual=lambda x: residual(x) * math.nan, threshold=0.5, eps=0.05)
     assert torch.equal(broken, x)
+
+
+@pytest.mark.parametrize(("images", "windows", "pieces"), [(1, 4, 0), (3, 2, 2)])
+def test_restarts_begin_at_windows_and_at_pieces_of_other_images(
+    images: int, windows: int, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one image alone there are none; once all are found, no model is asked about none."""
+    drawn = list[str]()
+    for draw in (window.draw_windows, window.draw_pieces):
+
+        def noted(x: Tensor, rng: torch.Generator, draw: Any = draw) -> Tensor:
+            drawn.append(draw.__name__)
+            return draw(x, rng)
+
+        monkeypatch.setattr(sys.modules[detector_aware.__module__], draw.__name__, noted)
+
+    def asked(x: Tensor) -> Tensor:
+        assert len(x)
+        return Linear(0.9)(x)
+
+    x, y = torch.full((images, 1, 8, 8), 0.5), ONES[:images]
+    settings: dict[str, Any] = {"residual": lambda x: x.flatten(1).mean(1), "threshold": 1.0, "tries": 1}
+    assert torch.equal(detector_aware(asked, x, y, eps=1e-4, steps=2, restarts=7, **settings), x)
+    assert (drawn.count("draw_windows"), drawn.count("draw_pieces")) == (windows, pieces)
+    found = detector_aware(asked, x, y, eps=0.3, steps=5, restarts=7, **settings)
+    assert fooled(asked(found), y, False).all()
+    with pytest.raises(ValueError, match="tries: expected at least 1, got 0"):
+        detector_aware(asked, x, y, **{**settings, "tries": 0})
 
 
 def test_an_unbounded_detector_is_no_detector() -> None:

@@ -330,13 +330,35 @@ def test_averaging_finds_more_than_a_single_draw() -> None:
     assert left[30] < left[1] - 0.1
 
 
+def test_the_scale_of_the_logits_does_not_help_a_model_that_draws() -> None:
+    """Its labels do not depend on it."""
+    x, y = torch.full((4, 1, 8, 8), 0.5), torch.ones(4, dtype=torch.long)
+    left = []
+    for gain in (1.0, 300.0):
+        model = Scaled(Shaken(m=3.0), gain)
+        x_adv = pgd(Expectation(model, 20), x, y, eps=0.08, loss="margin", stop_early=False)
+        left.append(float(mean_over_draws(model, x_adv, y, draws=300).mean()))
+    assert left[1] == pytest.approx(left[0], abs=0.05)
+
+
+class Scaled(nn.Module):
+    def __init__(self, model: nn.Module, gain: float) -> None:
+        super().__init__()
+        self.model, self.gain = model, gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.gain * self.model(x)
+        return logits
+
+
 def test_a_deterministic_model_is_its_own_expectation(linear: Any) -> None:
     model, x = Linear(1.0), pictures(3)
     torch.testing.assert_close(Expectation(model, 3)(x), model(x).log_softmax(1))
-    drawn = Shaken(spread=30.0)
+    drawn = Shaken(spread=5.0)
     with seeded(drawn, 8):
-        mean = torch.stack([drawn(x).softmax(1) for _ in range(4)]).mean(0)
-    torch.testing.assert_close(Expectation(drawn, 4, seed=8)(x).exp(), mean)
+        chances = torch.stack([drawn(x).softmax(1) for _ in range(4)]).double()
+    expected = (chances.mean(0).log() + chances.log().mean(0)) / 2
+    torch.testing.assert_close(Expectation(drawn, 4, seed=8)(x).double(), expected, atol=1e-3, rtol=1e-4)
     share = mean_over_draws(model, x, model(x).argmax(1), draws=3)
     assert torch.equal(share, torch.ones(3, dtype=torch.float64))
     for call in (

@@ -57,6 +57,7 @@ whole = Answers(lambda x: torch.zeros(len(x), 10, dtype=torch.int64))
 nan = Answers(lambda x: x.flatten(1)[:, :10] * torch.nan)
 several = Answers(lambda x: (x, x))
 bright, flat = Answers(only_black), Answers(only_without_gradient)
+greedy = Answers(lambda x: x.data.clamp_(0.2, 0.8).flatten(1)[:, :10])
 needy = lambda path: module
 wrong_shape = lambda: nn.Sequential(nn.Flatten(), nn.Linear(63, 10))
 images = lambda: nn.Identity()
@@ -219,6 +220,7 @@ def test_the_digest_of_defences_is_of_what_they_answer():
         (("--classifier", "nowhere:classifier"), "No module named 'nowhere'"),
         (("--classifier", "mine_first:nothing"), "has no attribute 'nothing'"),
         (("--classifier", "mine_first:number"), "expected a torch.nn.Module, got int"),
+        (("--classifier", "mine_first:greedy"), "it changed them in place"),
         (("--classifier", "mine_first:wrong_shape"), "no answer to images of shape (1, 8, 8)"),
         (("--classifier", "mine_first:images"), "of 2 images it gave (2, 1, 8, 8)"),
         (("--classifier", "mine_first:several"), "of 2 images it gave tuple"),
