@@ -204,4 +204,9 @@ class Linear(nn.Module):
         return torch.stack([-difference / 2, difference / 2], 1)
 
 
+def gain(model: Linear, x_adv: Tensor, x: Tensor) -> Tensor:
+    """How far `w·x` went down, the way from class 1 to class 0, (N,)."""
+    return -((x_adv - x) * model.w).flatten(1).sum(1)
+
+
 GREY = torch.full((3, 1, 8, 8), 0.5) + torch.linspace(-0.05, 0.05, 192).view(3, 1, 8, 8)
