@@ -310,7 +310,7 @@ def evaluate(
     todo, pairs = list(jobs(defences, attacks, threats)), _transfers(defences, threats)
     first = next((threat for threat in threats if threat.norm in BALLS), threats[0])
     examined = list(product(defences, threats)) if checks and len(x) else []
-    unused = {defence.name: _copied(defence.model) for defence, _ in examined}
+    unused = {defence.name: _copied(defence.model) for defence in defences} if examined else {}
     for defence in defences if len(x) else ():
         _ask(defence, x, y)
     ledger, outcomes = _Ledger(mode), list[tuple[Job, Outcome]]()

@@ -51,8 +51,9 @@ def half_space_optimum(norm: str, eps: float, a: Tensor, room: Tensor) -> Tensor
     """`max −w·δ` s.t. `‖δ‖ ≤ eps` and `a·δ ≤ room` (N,), in closed form or by a linear programme, (N,)."""
     w = -Linear(0.0).w.flatten()
     if norm == "linf":
-        solve = lambda c: -linprog(-w.numpy(), a.numpy()[None], [c], bounds=[(-eps, eps)] * 64).fun  # noqa: E731
-        return torch.tensor([solve(float(c)) for c in room])
+        box = [(-eps, eps)] * 64
+        found = [linprog(-w.numpy(), a.numpy()[None], [float(c)], bounds=box) for c in room]
+        return torch.tensor([-programme.fun for programme in found])
     offset = room / a.norm()
     across = w - (w @ a) / (a @ a) * a
     bound = offset * (w @ a) / a.norm() + (eps**2 - offset**2).sqrt() * across.norm()

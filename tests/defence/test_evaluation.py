@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_defense import DefendedClassifier, Threat
+from manifold_defense.attacks import Expectation
 from manifold_defense.evaluation import (
     AttackConfig,
     Defence,
@@ -20,6 +21,7 @@ from manifold_defense.evaluation import (
     run_job,
     wilson,
 )
+from manifold_defense.evaluation.meter import Meter
 from tests.defence.evaluation_support import L2, LINF, SUITE, labelled
 
 # --- Attacks and outcomes ---
@@ -265,6 +267,28 @@ def test_what_breaks_one_defence_is_tried_on_the_others() -> None:
     assert transfer["fooled"] == pytest.approx(2 / 3)
     rows = [r for r in found.rows if r.view == "transfer"]
     assert {r.attack for r in rows} == {"transfer from a", "transfer from b"}
+
+
+def test_of_a_model_that_draws_every_draw_is_paid_for_and_its_mean_is_asked() -> None:
+    """By attacks with gradients and by those without."""
+    passed = []
+
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            passed.append(len(x))
+            return (x + 0.01 * torch.randn_like(x)).flatten(1)[:, :2]
+
+    x, y = (
+        torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+        torch.zeros(4, dtype=torch.long),
+    )
+    drawing = Defence("a", Noisy(), {"exact": Expectation(Noisy(), 5)}, draws=2)
+    for attack, view in ((AttackConfig("pgd", 2), "exact"), (AttackConfig("square", 3), "deployed")):
+        passed.clear()
+        meter = Meter(drawing.model)
+        attack_images(Job(drawing, attack, view, LINF), x, y, seed=0, meter=meter)
+        assert meter.forward == sum(passed) > 0
+        assert len(passed) % 5 == 0
 
 
 class Coin(nn.Module):
