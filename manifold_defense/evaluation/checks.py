@@ -9,18 +9,18 @@ the defence's figures are no robustness figures; passing all proves nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manifold_defense.attacks import fgsm, geometry, mean_over_draws, noise, pgd, square
+from manifold_defense.attacks import geometry
 from manifold_defense.attacks.norms import column
-from manifold_defense.attacks.objective import correct, evaluation_mode, logits_and_gradient, margins
+from manifold_defense.attacks.objective import correct, evaluation_mode, margins
+from manifold_defense.evaluation.subject import Check, Subject, change_of, share_of, spread
 from manifold_defense.evaluation.suite import AttackConfig, Defence
-from manifold_defense.rejection import RejectingClassifier, defended
+from manifold_defense.rejection import RejectingClassifier
 from manifold_defense.types import Classifier, Norm, Threat
 
 # By how much two shares of a few dozen images may differ by chance.
@@ -49,116 +49,11 @@ _FALL = 0.02
 _HALVINGS = 16  # of a way between two images: a step of float32 is some ten more
 
 
-@dataclass(frozen=True)
-class Check:
-    """What one check found: `figure` is what `words` speak of, the verdict is `passed`.
-
-    `norm` and `eps` are of the threat under which it was found; None where it is of the model itself.
-    """
-
-    defence: str
-    name: str
-    figure: float
-    passed: bool
-    words: str
-    norm: str | None = None
-    eps: float = 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        under = f" at {self.norm} {self.eps:g}" if self.norm else ""
-        return f"{self.defence}{under}: {self.words}"
-
-
-@dataclass
-class Subject:
-    """A defence under examination: images (N, C, H, W), labels (N,), a threat.
-
-    `left` are images (M, C, H, W), labels (M,) and scores (M,) of what other attacks could not break, a
-    sample of the share `left_share` of all; without, those are taken that `adversarial` leaves. `unused`
-    is a copy of the deployed model that was never asked anything. Results of attacks are kept, since
-    several checks compare the same ones.
-    """
-
-    defence: Defence
-    threat: Threat
-    x: Tensor
-    y: Tensor
-    steps: int = 15
-    seed: int = 0
-    left: tuple[Tensor, Tensor, Tensor] | None = None
-    left_share: float = 1.0
-    unused: Classifier | None = None
-    _kept: dict[Any, Tensor] = field(default_factory=dict, repr=False)
-
-    def adversarial(self, attack: str = "pgd", view: str | None = None, scale: float = 1.0) -> Tensor:
-        """Images after noise, fgsm, square or pgd (two restarts, both losses), at `scale` times eps."""
-        key = (attack, view, scale)
-        if key not in self._kept:
-            norm, eps = self.threat.norm, self.threat.eps * scale
-            model = self.defence.strongest if view is None else self.defence.attacked[view]
-            if attack == "noise":
-                made = noise(self.defence.answering, self.x, self.y, norm=norm, eps=eps, seed=self.seed)
-            elif attack == "square":
-                made = square(
-                    self.defence.answering, self.x, self.y, norm=norm, eps=eps, steps=200, seed=self.seed
-                )
-            elif attack == "fgsm":
-                made = fgsm(model, self.x, self.y, norm=norm, eps=eps, loss="margin")
-            else:
-                made = pgd(
-                    model,
-                    self.x,
-                    self.y,
-                    norm=norm,
-                    eps=eps,
-                    steps=self.steps,
-                    restarts=2,
-                    loss="both",
-                    stop_early=view != "unaware" and self.defence.draws == 1,
-                    seed=self.seed,
-                )
-            self._kept[key] = made
-        return self._kept[key]
-
-    def robust(self, x_adv: Tensor) -> Tensor:
-        """Which images (N,) have the right largest logit, clean and as `x_adv`."""
-        return correct(self.logits(self.x), self.y) & correct(self.logits(x_adv), self.y)
-
-    def score(self, x_adv: Tensor, y: Tensor, seed: int) -> Tensor:
-        """In which share (N,) of its draws the deployed model gets attacked images right, or refuses them."""
-        if len(x_adv) == 0:
-            return x_adv.new_zeros(0)
-        if self.defence.predict is not None:
-            return defended(self.defence.predict(x_adv), y, attacked=True).to(x_adv)
-        return mean_over_draws(self.defence.model, x_adv, y, self.defence.draws, seed).to(x_adv)
-
-    def share(self, *attack: Any) -> float:
-        """Of the images that are robust to `adversarial(*attack)`."""
-        return _share(self.robust(self.adversarial(*attack)))
-
-    @torch.no_grad()
-    def logits(self, x: Tensor) -> Tensor:
-        """(N, K) of the deployed model in eval mode; of one that draws, of the mean that is attacked."""
-        with evaluation_mode(self.defence.answering):
-            return self.defence.answering(x)
-
-    def gradient(self, x: Tensor) -> Tensor:
-        """Of the margin at x (N, C, H, W); zero where the model hides it."""
-        with evaluation_mode(self.defence.strongest):
-            return logits_and_gradient(self.defence.strongest, x, self.y, "margin", targeted=False)[1]
-
-    def verdict(self, name: str, figure: float, passed: bool, words: str) -> Check:
-        return Check(self.defence.name, name, figure, passed, words)
-
-
 def gradient(s: Subject) -> Check:
     """Is there a gradient at all?"""
     flat = s.gradient(s.x).flatten(1)
     dead = (~flat.isfinite().all(1)) | (flat.abs().amax(1) == 0)
-    share = _share(dead)
+    share = share_of(dead)
     words = f"the gradient is zero or not finite on {int(dead.sum())} of {len(dead)} images"
     return s.verdict("gradient", share, share < _TOLERANCE, words)
 
@@ -172,7 +67,7 @@ def slope(s: Subject) -> Check:
     u = geometry("l2").steepest(g.nan_to_num(0, 0, 0))
     ends = [margins(s.logits(x + sign * h * u), s.y, targeted=False) for sign in (1, -1)]
     ratio = (ends[0] - ends[1]) / (2 * h) / size.clamp(min=1e-12)
-    share = _share((ratio > 0.5) & (ratio < 2))
+    share = share_of((ratio > 0.5) & (ratio < 2))
     words = f"the gradient predicts the slope of the loss on {share:.0%} of the images only"
     return s.verdict("slope", share, share > 0.7, words)
 
@@ -200,7 +95,7 @@ def saturation(s: Subject) -> Check:
     z = s.logits(s.x).detach().float().requires_grad_(True)
     with torch.enable_grad():
         (g,) = torch.autograd.grad(F.cross_entropy(z, s.y, reduction="sum"), z)
-    share = _share(g.abs().amax(1) == 0)
+    share = share_of(g.abs().amax(1) == 0)
     words = f"the logits are so large that cross-entropy has no gradient on {share:.0%} of the images"
     return s.verdict("saturation", share, share < _TOLERANCE, words)
 
@@ -214,7 +109,7 @@ def offset(s: Subject) -> Check:
 
 def randomness(s: Subject) -> Check:
     """Does the same input give the same answer? If not, its gradients must be averaged."""
-    change = _change(s.logits(s.x), s.logits(s.x))
+    change = change_of(s.logits(s.x), s.logits(s.x))
     words = f"answers to the same image differ, by {change:.1%} of their spread: average over draws"
     return s.verdict("randomness", change, change <= 1e-3, words)
 
@@ -230,7 +125,7 @@ def batch(s: Subject) -> Check:
         among_others[i] = s.logits(others)[i]
     # What draws may give a smaller batch other draws.
     fewer = [s.logits(few[:size]) for size in (1, 2, 4)] if s.defence.draws == 1 else []
-    change = max(_change(together[: len(z)], z) for z in (among_others, *fewer))
+    change = max(change_of(together[: len(z)], z) for z in (among_others, *fewer))
     words = f"answers depend on the rest of the batch, by {change:.1%} of their spread"
     return s.verdict("batch", change, change <= 0.01, words)
 
@@ -241,7 +136,7 @@ def memory(s: Subject) -> Check:
     if s.unused is not None and s.defence.draws == 1:
         x_adv = s.adversarial("pgd")
         with torch.no_grad(), evaluation_mode(s.unused):
-            change = _change(s.logits(x_adv), s.unused(x_adv))
+            change = change_of(s.logits(x_adv), s.unused(x_adv))
     words = f"answers depend on what was asked before, by {change:.1%} of their spread"
     return s.verdict("memory", change, change <= 0.01, words)
 
@@ -254,10 +149,10 @@ def jump(s: Subject) -> Check:
     rng = torch.Generator().manual_seed(s.seed)
     nearby = s.x + 1e-3 * (2 * torch.rand(s.x.shape, generator=rng).to(s.x) - 1)
     here, there = s.logits(s.x), s.logits(nearby.clamp(0, 1))
-    jumps = ((here - there).abs() / _spread(here)).amax(1) > 0.05
+    jumps = ((here - there).abs() / spread(here)).amax(1) > 0.05
     if s.defence.predict is not None:
         jumps |= (s.defence.predict(nearby.clamp(0, 1)) < 0) & (s.defence.predict(s.x) >= 0)
-    share = _share(jumps)
+    share = share_of(jumps)
     words = f"{int(jumps.sum())} of {len(jumps)} images are answered otherwise a thousandth beside them"
     return s.verdict("jump", share, share < _TOLERANCE, words)
 
@@ -285,7 +180,7 @@ def edge(s: Subject) -> Check:
         -margins(s.logits(images), y, targeted=False) for images in (right, wrong, clean)
     )
     jumps = before - beyond > 0.1 * whole
-    share = _share(jumps)
+    share = share_of(jumps)
     words = (
         f"where labels change, the margin of {int(jumps.sum())} of {len(at)} images jumps, not falls to zero"
     )
@@ -297,21 +192,6 @@ def rule(s: Subject) -> Check:
     unknown = s.defence.predict is not None and not isinstance(s.defence.strongest, RejectingClassifier)
     words = "it refuses images by a rule that no attack here knows"
     return s.verdict("rule", float(unknown), not unknown, words)
-
-
-def _change(a: Tensor, b: Tensor) -> float:
-    """The largest difference of logits (N, K) of the same images, as a share of their spread."""
-    return float(((a - b).abs() / _spread(a)).amax()) if len(a) else 0.0
-
-
-def _share(images: Tensor) -> float:
-    """How many of (N,) are, in double precision, in which 3 of 30 are a tenth."""
-    return int(images.sum()) / max(len(images), 1)
-
-
-def _spread(logits: Tensor) -> Tensor:
-    """Largest less smallest logit of each image, (N, 1)."""
-    return (logits.amax(1) - logits.amin(1)).clamp(min=1e-6).unsqueeze(1)
 
 
 def order(s: Subject) -> Check:
@@ -334,7 +214,7 @@ def views(s: Subject) -> Check:
 def black_box(s: Subject) -> Check:
     """Does an attack without gradients break what PGD cannot?"""
     missed = s.robust(s.adversarial("pgd")) & ~s.robust(s.adversarial("square"))
-    share = _share(missed)
+    share = share_of(missed)
     words = f"{share:.0%} of the images are broken without gradients, and not by PGD"
     return s.verdict("black box", share, share < 2 * _TOLERANCE, words)
 
@@ -346,7 +226,7 @@ def path(s: Subject) -> Check:
     broken = torch.zeros_like(alive)
     for t in torch.linspace(0.1, 0.9, 9).tolist():
         broken |= ~correct(s.logits(s.x + t * (x_adv - s.x)), s.y)
-    share = _share(alive & broken)
+    share = share_of(alive & broken)
     words = f"{share:.0%} of the images are broken on the path to where PGD ended, not at its end"
     return s.verdict("path", share, share < _TOLERANCE, words)
 
@@ -355,7 +235,7 @@ def convergence(s: Subject) -> Check:
     """Does a longer attack still break images that are said to be robust?"""
     if s.left is None:
         alive = s.robust(s.adversarial("pgd"))
-        x, y, share, most = s.x[alive], s.y[alive], _share(alive), 3 * _TOLERANCE
+        x, y, share, most = s.x[alive], s.y[alive], share_of(alive), 3 * _TOLERANCE
         before = s.score(s.adversarial("pgd")[alive], y, s.seed + 1)
     else:
         (x, y, before), share, most = s.left, s.left_share, _FALL

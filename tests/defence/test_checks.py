@@ -13,7 +13,7 @@ from manifold_defense import DefendedClassifier, ManifoldFilter, ProjectionConfi
 from manifold_defense.attacks import Expectation
 from manifold_defense.evaluation import CHECKS, Defence, checks, examine
 from manifold_defense.evaluation.baselines import Preprocessed, RandomNoise
-from manifold_defense.evaluation.checks import Subject
+from manifold_defense.evaluation.subject import Subject
 from manifold_defense.rejection import RejectingClassifier
 
 LINF = Threat("linf", 0.1)

@@ -1,0 +1,126 @@
+"""What an evaluation knows of each image so far, and the rows of the results table that say so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from manifold_defense.evaluation.meter import COSTS
+from manifold_defense.evaluation.outcome import Outcome
+from manifold_defense.evaluation.statistics import wilson
+from manifold_defense.evaluation.suite import Defence, Job
+from manifold_defense.types import Threat
+
+WORST, UNION = "worst", "union"
+# standard: each attack meets the images that all before it left; full: every attack meets all images.
+Mode = Literal["standard", "full"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the results table; `attack`, `view` and `norm` as named by the job.
+
+    robust_accuracy  share of all n images: in mode standard what this attack and all before it
+                     left, in mode full what it alone left
+    trained          whether the defence was trained for this threat
+    masked           whether a check found that the figure is no robustness figure
+    forward …        cost of the attack for all images together
+    """
+
+    defence: str
+    attack: str
+    view: str | None
+    norm: str | None
+    eps: float
+    n: int
+    robust_accuracy: float
+    ci_low: float
+    ci_high: float
+    trained: bool = False
+    masked: bool = False
+    forward: float = 0.0
+    backward: float = 0.0
+    generator: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Ledger:
+    """What is known so far of every defence's images, and the rows that say so."""
+
+    def __init__(self, mode: Mode) -> None:
+        self.mode = mode
+        self.clean: dict[str, Tensor] = {}  # (N,) scores
+        self.worst: dict[tuple[str, Threat], Tensor] = {}  # (N,) scores
+        self.broken: dict[tuple[str, Threat], dict[int, Tensor]] = {}  # image -> what broke it first
+        self.rows: list[Row] = []
+
+    def left(self, job: Job) -> Tensor:
+        """Which images (M,) the job is to meet: those right when clean, or still right."""
+        return self._before(job).nonzero()[:, 0]
+
+    def pool(self, job: Job) -> dict[int, Tensor]:
+        """What broke the source of a transfer, of the images that its target gets right when clean."""
+        assert job.source is not None
+        assert job.threat is not None
+        found, right = self.broken.get((job.source, job.threat), {}), self.clean[job.defence.name] > 0
+        return {i: found[i] for i in sorted(found) if right[i]}
+
+    def enter(self, job: Job, outcome: Outcome) -> None:
+        name = job.defence.name
+        if job.threat is None:
+            self.clean[name] = outcome.score
+            self._add(job, outcome.score, outcome)
+            return
+        alone = _lowered(self._before(job), outcome)
+        self.worst[name, job.threat] = _lowered(self._scores(job), outcome)
+        known = self.broken.setdefault((name, job.threat), {})
+        for i, image in zip(outcome.broken.tolist(), outcome.adversarial, strict=True):
+            known.setdefault(i, image)
+        self._add(job, alone, outcome)
+
+    def worst_rows(self, defences: Sequence[Defence]) -> Iterator[Row]:
+        """Of each defence: what survives everything of each threat, and of all threats."""
+        for defence in defences:
+            own = {threat: score for (name, threat), score in self.worst.items() if name == defence.name}
+            for threat, score in own.items():
+                yield _row(defence, WORST, "all", score, threat)
+            if len(own) > 1:
+                union = torch.stack(list(own.values())).amin(0)
+                yield replace(_row(defence, WORST, "all", union), norm=UNION)
+
+    def _add(self, job: Job, score: Tensor, outcome: Outcome) -> None:
+        cost = dict(zip(COSTS, outcome.cost.sum(0).tolist(), strict=True))
+        self.rows.append(replace(_row(job.defence, job.label, job.view, score, job.threat), **cost))
+
+    def _before(self, job: Job) -> Tensor:
+        """Scores (N,) that the job is to lower."""
+        return self._scores(job) if self.mode == "standard" else self.clean[job.defence.name]
+
+    def _scores(self, job: Job) -> Tensor:
+        assert job.threat is not None
+        return self.worst.get((job.defence.name, job.threat), self.clean[job.defence.name])
+
+
+def _lowered(scores: Tensor, outcome: Outcome) -> Tensor:
+    """The scores (N,), no higher than what the images that were met came to."""
+    lowered = scores.clone()
+    lowered[outcome.met] = torch.minimum(lowered[outcome.met], outcome.score)
+    return lowered
+
+
+def _row(defence: Defence, attack: str, view: str | None, score: Tensor, threat: Threat | None = None) -> Row:
+    """Of scores (N,)."""
+    n, robust = len(score), float(score.sum())
+    interval = wilson(round(robust), n)
+    accuracy = robust / n if n else float("nan")
+    norm, eps = (threat.norm, threat.eps) if threat else (None, 0.0)
+    trained = threat in defence.trained
+    return Row(
+        defence.name, attack, view, norm, eps, n, accuracy, interval.low, interval.high, trained=trained
+    )

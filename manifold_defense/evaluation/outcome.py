@@ -1,0 +1,109 @@
+"""Run one job of an evaluation: attack images, let the deployed model judge them, say what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from manifold_defense.attacks.norms import sizes
+from manifold_defense.attacks.objective import correct, evaluation_mode
+from manifold_defense.evaluation.meter import COSTS, Meter
+from manifold_defense.evaluation.suite import NO_GRADIENT, Defence, Job
+from manifold_defense.randomised import seeded
+from manifold_defense.rejection import defended
+
+
+class Outcome(NamedTuple):
+    """What became of the images that a job met."""
+
+    met: Tensor  # (M,) int64, which images
+    prediction: Tensor  # (M,) int64
+    score: Tensor  # (M,) share of the draws in which the deployed model was right: 0 or 1 unless it draws
+    size: Tensor  # (M,) of the perturbation, in the unit of the threat (0 if clean)
+    cost: Tensor  # (M, 3) of the attack: images passed forward, backward, and drawn by the generator
+    adversarial: Tensor  # (B, C, H, W), the images of score 0, in order
+
+    @property
+    def broken(self) -> Tensor:
+        """(B,) int64, which images `adversarial` belong to."""
+        return self.met[self.score == 0]
+
+    @classmethod
+    def empty(cls, x: Tensor) -> Outcome:
+        """Of a job that met none of the images (N, C, H, W)."""
+        none = torch.zeros(0, dtype=torch.long)
+        cost = torch.zeros(0, len(COSTS))
+        return cls(none, none, none.float(), none.float(), cost, x[:0].detach().cpu())
+
+
+Compute = Callable[[Callable[[int, slice], tuple[Tensor, ...]], int], tuple[Tensor, ...]]
+
+
+def in_batches(size: int) -> Compute:
+    """Run `work(chunk, images)` on chunks of `size`, in this process; a sharding one fits as well."""
+
+    def compute(work: Callable[[int, slice], tuple[Tensor, ...]], n: int) -> tuple[Tensor, ...]:
+        parts = [work(i, slice(first, first + size)) for i, first in enumerate(range(0, n, size))]
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+    return compute
+
+
+def attack_images(job: Job, x: Tensor, y: Tensor, seed: int, meter: Meter | None = None) -> Tensor:
+    """The images (N, C, H, W) that the job's attack makes of x; clean jobs return x.
+
+    Raises RuntimeError if an attack left its threat or [0, 1]: such a figure would be void.
+    """
+    if job.attack is None or job.threat is None or job.view is None:
+        return x
+    attacked = job.defence.answering if job.view == NO_GRADIENT else job.defence.attacked[job.view]
+    # Fooling the attacked model is not the end where another judges, or the same on other draws.
+    press = job.view == "unaware" or job.defence.draws > 1
+    attack = job.attack.bind(job.threat, seed=seed, press=press, model=attacked)
+    with seeded(attacked, 2 * seed):
+        x_adv = attack(meter.counted(attacked) if meter else attacked, x, y)
+    size = sizes(job.threat.norm, x_adv - x)
+    rounding = 1e-4 * job.threat.eps + 1e-7 * x.shape[1:].numel() ** 0.5
+    inside = (x_adv >= 0).all() and (x_adv <= 1).all() and (size <= job.threat.eps + rounding).all()
+    if not inside:
+        raise RuntimeError(f"{job.name}: the attack left [0, 1] or its threat of {job.threat.eps:g}")
+    return x_adv
+
+
+@torch.no_grad()
+def judge(defence: Defence, x: Tensor, y: Tensor, *, attacked: bool, seed: int) -> tuple[Tensor, Tensor]:
+    """Predictions (N,) of the deployed model, −1 for a refusal, and scores (N,).
+
+    A score is the share of the model's draws in which it is right; refusing is, if `attacked`.
+    """
+    model = defence.model
+    with evaluation_mode(model), seeded(model, 2 * seed + 1):  # not the draws that the attack has seen
+        if defence.predict is not None:
+            prediction = defence.predict(x)
+            return prediction, defended(prediction, y, attacked=attacked).float()
+        logits = model(x)
+        score = correct(logits, y).float()
+        for _ in range(defence.draws - 1):
+            score = score + correct(model(x), y).float()
+    return logits.argmax(1), score / defence.draws
+
+
+@torch.no_grad()
+def run_job(job: Job, x: Tensor, y: Tensor, seed: int) -> Outcome:
+    """Attack images (N, C, H, W) with labels (N,) and judge the result by the deployed model."""
+    meter = Meter(job.defence.model)
+    with meter:
+        x_adv = attack_images(job, x, y, seed, meter)
+    return judged(job, x, y, x_adv, seed, meter.counts)
+
+
+def judged(job: Job, x: Tensor, y: Tensor, x_adv: Tensor, seed: int, costs: tuple[float, ...]) -> Outcome:
+    """The verdict of the job's defence on `x_adv` (N, C, H, W), which cost `costs` to make of x."""
+    prediction, score = judge(job.defence, x_adv, y, attacked=job.threat is not None, seed=seed)
+    size = sizes(job.threat.norm if job.threat else "l2", x_adv - x)
+    cost = torch.tensor(costs).div(max(len(x), 1)).expand(len(x), len(COSTS))
+    parts = (torch.arange(len(x)), prediction, score, size, cost, x_adv[score == 0])
+    return Outcome(*(part.detach().cpu().clone() for part in parts))

@@ -1,0 +1,135 @@
+"""A defence under examination for masked gradients, and what a check says of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manifold_defense.attacks import fgsm, mean_over_draws, noise, pgd, square
+from manifold_defense.attacks.objective import correct, evaluation_mode, logits_and_gradient
+from manifold_defense.evaluation.suite import Defence
+from manifold_defense.rejection import defended
+from manifold_defense.types import Classifier, Threat
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found: `figure` is what `words` speak of, the verdict is `passed`.
+
+    `norm` and `eps` are of the threat under which it was found; None where it is of the model itself.
+    """
+
+    defence: str
+    name: str
+    figure: float
+    passed: bool
+    words: str
+    norm: str | None = None
+    eps: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        under = f" at {self.norm} {self.eps:g}" if self.norm else ""
+        return f"{self.defence}{under}: {self.words}"
+
+
+@dataclass
+class Subject:
+    """A defence under examination: images (N, C, H, W), labels (N,), a threat.
+
+    `left` are images (M, C, H, W), labels (M,) and scores (M,) of what other attacks could not break, a
+    sample of the share `left_share` of all; without, those are taken that `adversarial` leaves. `unused`
+    is a copy of the deployed model that was never asked anything. Results of attacks are kept, since
+    several checks compare the same ones.
+    """
+
+    defence: Defence
+    threat: Threat
+    x: Tensor
+    y: Tensor
+    steps: int = 15
+    seed: int = 0
+    left: tuple[Tensor, Tensor, Tensor] | None = None
+    left_share: float = 1.0
+    unused: Classifier | None = None
+    _kept: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+
+    def adversarial(self, attack: str = "pgd", view: str | None = None, scale: float = 1.0) -> Tensor:
+        """Images after noise, fgsm, square or pgd (two restarts, both losses), at `scale` times eps."""
+        key = (attack, view, scale)
+        if key not in self._kept:
+            norm, eps = self.threat.norm, self.threat.eps * scale
+            model = self.defence.strongest if view is None else self.defence.attacked[view]
+            if attack == "noise":
+                made = noise(self.defence.answering, self.x, self.y, norm=norm, eps=eps, seed=self.seed)
+            elif attack == "square":
+                made = square(
+                    self.defence.answering, self.x, self.y, norm=norm, eps=eps, steps=200, seed=self.seed
+                )
+            elif attack == "fgsm":
+                made = fgsm(model, self.x, self.y, norm=norm, eps=eps, loss="margin")
+            else:
+                made = pgd(
+                    model,
+                    self.x,
+                    self.y,
+                    norm=norm,
+                    eps=eps,
+                    steps=self.steps,
+                    restarts=2,
+                    loss="both",
+                    stop_early=view != "unaware" and self.defence.draws == 1,
+                    seed=self.seed,
+                )
+            self._kept[key] = made
+        return self._kept[key]
+
+    def robust(self, x_adv: Tensor) -> Tensor:
+        """Which images (N,) have the right largest logit, clean and as `x_adv`."""
+        return correct(self.logits(self.x), self.y) & correct(self.logits(x_adv), self.y)
+
+    def score(self, x_adv: Tensor, y: Tensor, seed: int) -> Tensor:
+        """In which share (N,) of its draws the deployed model gets attacked images right, or refuses them."""
+        if len(x_adv) == 0:
+            return x_adv.new_zeros(0)
+        if self.defence.predict is not None:
+            return defended(self.defence.predict(x_adv), y, attacked=True).to(x_adv)
+        return mean_over_draws(self.defence.model, x_adv, y, self.defence.draws, seed).to(x_adv)
+
+    def share(self, *attack: Any) -> float:
+        """Of the images that are robust to `adversarial(*attack)`."""
+        return share_of(self.robust(self.adversarial(*attack)))
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """(N, K) of the deployed model in eval mode; of one that draws, of the mean that is attacked."""
+        with evaluation_mode(self.defence.answering):
+            return self.defence.answering(x)
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """Of the margin at x (N, C, H, W); zero where the model hides it."""
+        with evaluation_mode(self.defence.strongest):
+            return logits_and_gradient(self.defence.strongest, x, self.y, "margin", targeted=False)[1]
+
+    def verdict(self, name: str, figure: float, passed: bool, words: str) -> Check:
+        return Check(self.defence.name, name, figure, passed, words)
+
+
+def change_of(a: Tensor, b: Tensor) -> float:
+    """The largest difference of logits (N, K) of the same images, as a share of their spread."""
+    return float(((a - b).abs() / spread(a)).amax()) if len(a) else 0.0
+
+
+def share_of(images: Tensor) -> float:
+    """How many of (N,) are, in double precision, in which 3 of 30 are a tenth."""
+    return int(images.sum()) / max(len(images), 1)
+
+
+def spread(logits: Tensor) -> Tensor:
+    """Largest less smallest logit of each image, (N, 1)."""
+    return (logits.amax(1) - logits.amin(1)).clamp(min=1e-6).unsqueeze(1)
