@@ -77,6 +77,8 @@ class ManifoldFilter(nn.Module):
 
     def configured(self, config: ProjectionConfig) -> ManifoldFilter:
         """This filter, sharing all weights, with other settings: `filter.configured(PRESETS["fast"])`."""
+        if not isinstance(config, ProjectionConfig):
+            raise TypeError(f"config: expected a ProjectionConfig, such as PRESETS['fast'], got {config!r}")
         return self._like(config, self.view)
 
     def seen(self, view: View) -> ManifoldFilter:

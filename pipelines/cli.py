@@ -72,6 +72,18 @@ def _load(config_file: Path | None, settings: tuple[str, ...], run_name: str | N
     return load_config(config_file, settings, run_name)
 
 
+def _refuse_threats_of_digits(config: Any, config_file: Path | None) -> None:
+    """A radius that nobody chose for these images would say nothing of them."""
+    from pipelines.config import EvaluateConfig
+
+    unchosen = config.evaluate.threats == EvaluateConfig().threats
+    if config_file is None and config.data.name != "digits" and unchosen:
+        raise click.UsageError(
+            f"evaluate.threats: L∞ 0.15 and L2 1 are meant for the digits; for {config.data.name} give a "
+            "--config, such as those in configs/, or --set 'evaluate.threats=[{norm=\"linf\",eps=0.03}]'"
+        )
+
+
 def _console() -> Any:
     from rich.console import Console
 
@@ -126,13 +138,15 @@ def run(
     run_name: str | None,
 ) -> None:
     """Run the pipeline, up to STAGE if one is named, and show the results."""
-    from pipelines.run import run_stages, upstream
+    from pipelines.run import everything, run_stages, upstream
     from pipelines.stages import STAGES
 
     config = _load(config_file, settings, run_name)
     if until is not None and until not in STAGES:
         raise click.UsageError(f"no stage {until!r}; expected one of {', '.join(STAGES)}")
-    names = upstream(until, config) if until else list(STAGES)
+    names = upstream(until, config) if until else everything(config)
+    if "evaluate" in names:
+        _refuse_threats_of_digits(config, config_file)
     console = _console()
     if dry_run:
         _show_intentions(console, config, names, force, remake=False)
@@ -178,7 +192,9 @@ def _make_folder(folder: Path) -> None:
     "--filter", "folder", type=click.Path(path_type=Path), metavar="FOLDER", help="An exported filter."
 )
 @click.option(
-    "--preset", metavar="NAME", help="Other settings: accurate, fast, robust, reference or single_shot."
+    "--preset",
+    metavar="NAME",
+    help="Other settings: robust (to defend), fast, accurate (true to clean images, no defence), reference.",
 )
 @click.option("--force", is_flag=True, help="Write into a folder that is not empty.")
 @click.option(
@@ -187,10 +203,11 @@ def _make_folder(folder: Path) -> None:
 def filter_command(
     source: Path, target: str, folder: Path | None, preset: str | None, force: bool, run_name: str | None
 ) -> None:
-    """Purify an image, or a folder tree of images, and list each one's error in OUTPUT/errors.csv.
+    """Purify an image, or a folder tree of images, whose errors are listed in OUTPUT/errors.csv.
 
     Results have the size and the channels of the filter's images: another size is cropped to the centre
-    square and resized. The error is the mean squared distance of G(z*) to the image so read. A single
+    square and resized. The error is the mean squared distance of G(z*) to the image so read; a large one
+    says that the generator cannot draw it, a small one is no sign that it was not attacked. A single
     image goes to the file OUTPUT, or into it if it is a folder or ends in a slash.
     """
     from rich.progress import Progress
@@ -228,7 +245,8 @@ def filter_command(
             force=force,
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    console.print(f"{result.written} written to {result.target}", highlight=False, soft_wrap=True)
+    shown = f", error {result.error:.4f}" if result.written else ""
+    console.print(f"{result.written} written to {result.target}{shown}", highlight=False, soft_wrap=True)
     if result.unreadable:
         fail(f"{len(result.unreadable)} unreadable: {', '.join(result.unreadable[:5])}", 1)
 
@@ -298,12 +316,14 @@ def evaluate_command(
         settings = (f"data.name={json.dumps(data)}", *settings)
     if classifier is None:
         config = _load(config_file, settings, run_name)
+        _refuse_threats_of_digits(config, config_file)
         _stage_command("evaluate", config, force=force, remake=force, dry_run=dry_run)
         return
     # Quoted, as JSON and TOML do alike: a folder may be called 2024.
     given = {"evaluate.classifier": classifier, "evaluate.filter": folder or ""}
     settings = (*settings, *(f"{key}={json.dumps(value)}" for key, value in given.items()))
     config = _load(config_file, settings, run_name or "own")
+    _refuse_threats_of_digits(config, config_file)
     _stage_command("evaluate", config, force=True, remake=force, dry_run=dry_run)
 
 

@@ -254,11 +254,9 @@ class EvaluateConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.images < 0 or self.batch_size < 1 or self.checks < 0 or self.random < 0:
-            raise ValueError(
-                "expected images ≥ 0, batch_size ≥ 1, checks ≥ 0 and random ≥ 0, "
-                f"got {self.images}, {self.batch_size}, {self.checks} and {self.random}"
-            )
+        for name, least in (("images", 0), ("batch_size", 1), ("checks", 0), ("random", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if not 0 <= self.reject < 1:
             raise ValueError(f"reject: expected in [0, 1), got {self.reject}")
         if not self.threats or not self.attacks:

@@ -34,14 +34,15 @@ def load_own(source: str, data: Dataset, device: torch.device) -> nn.Module:
         return OwnClassifierError(f"--classifier {source}: {why}")
 
     path, _, name = source.partition(":")
-    if not path or not name:
-        raise refused("expected package.module:function")
+    if not path or not name or path.endswith(".py"):
+        raise refused("expected package.module:function, the module without .py")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(path), name)
     except (Exception, SystemExit) as error:
-        raise refused(_blamed(error)) from None
+        where = " (also looked for in this folder)" if isinstance(error, ModuleNotFoundError) else ""
+        raise refused(f"{_blamed(error)}{where}") from None
     if not callable(found):
         raise refused(f"expected a function or a torch.nn.Module, got {type(found).__name__}")
     try:

@@ -6,6 +6,7 @@ Letters of shapes: N images, C channels, S pixels a side.
 from __future__ import annotations
 
 import csv
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,7 @@ class Purified(NamedTuple):
     written: int  # images
     target: Path  # the folder, or the file, that they went to
     unreadable: tuple[str, ...]  # files left out as corrupt, relative to the source folder
-    errors_csv: Path | None  # the table of errors; None for a single image
+    error: float  # their mean; NaN if none was written
 
 
 class _Task(NamedTuple):
@@ -116,7 +117,7 @@ def _purify_file(
         raise PurifyError(f"{source}: {row.status}")
     if on_progress is not None:
         on_progress(1, 1)
-    return Purified(written=1, target=output, unreadable=(), errors_csv=None)
+    return Purified(written=1, target=output, unreadable=(), error=float(row.error))
 
 
 def _output_file(source: Path, target: Path) -> Path:
@@ -164,7 +165,8 @@ def _purify_folder(
         writer.writerow(_Row._fields)
         writer.writerows(rows)
     unreadable = tuple(row.file for row in rows if row.status != "ok")
-    return Purified(len(rows) - len(unreadable), target, unreadable, table)
+    errors = [float(row.error) for row in rows if row.status == "ok"]
+    return Purified(len(errors), target, unreadable, sum(errors) / len(errors) if errors else math.nan)
 
 
 def _plan(source: Path, target: Path) -> list[_Task]:

@@ -9,17 +9,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from pipelines.config import Config
 from pipelines.context import Context, Workshop, make_fabric
+from pipelines.own import load_own_classifier, load_own_filter
 from pipelines.stage import RUNS, Plan, StageError, StageFolder, Status, make_plans
 from pipelines.stages import STAGES
 
 
 def upstream(target: str, config: Config) -> list[str]:
     """`target` and all it needs, in order."""
-    wanted = {target}
+    return _with_inputs({target}, config)
+
+
+def everything(config: Config) -> list[str]:
+    """The whole pipeline, without what nothing else needs: a GAN beside a finished filter."""
+    return _with_inputs({"report", "export"}, config)
+
+
+def _with_inputs(wanted: set[str], config: Config) -> list[str]:
     for stage in reversed(STAGES.values()):
         if stage.name in wanted:
             wanted |= set(stage.inputs(config))
@@ -87,6 +97,7 @@ def run_stages(
     if not fabric.is_global_zero:
         console.quiet = True
     shop = Workshop(config, fabric, console)
+    _try_weights(shop, todo)
     with _lock(RUNS / config.run, fabric.is_global_zero):
         for name in names:
             folder, plan, status = before[name]
@@ -97,6 +108,17 @@ def run_stages(
                 _run_stage(shop, name, folder, plan, previous, force=force, remake=remake or anew)
             else:
                 console.print(f"{name}: cached", highlight=False)
+
+
+def _try_weights(shop: Workshop, todo: Sequence[str]) -> None:
+    """Raise for a folder of weights that the settings name and these stages could not use."""
+    config, cpu = shop.config, torch.device("cpu")
+    filters = (("train-encoder", config.filter), ("evaluate", config.evaluate.filter))
+    starts = [variant.start for variant in config.harden if "/" in variant.start]
+    for folder in (folder for stage, folder in filters if folder and stage in todo):
+        load_own_filter(folder, shop.data.image_shape, cpu)
+    for folder in starts if "harden" in todo else ():
+        load_own_classifier(folder, shop.data, cpu)
 
 
 def _run_stage(

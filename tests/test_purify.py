@@ -1,6 +1,7 @@
 """Purified files: pixels as `filter.project` gives them, every file accounted for, nothing half-written."""
 
 import csv
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,7 +113,8 @@ def refused(filter: ManifoldFilter, source: Path, target: Path, **options: objec
 def test_an_image_becomes_its_projection(rgb: ManifoldFilter, tmp_path: Path, name: str) -> None:
     source, progress = save(tmp_path / "in.png"), []
     done = purify(rgb, source, tmp_path / name, on_progress=lambda *counts: progress.append(counts))
-    assert done == (1, tmp_path / name, (), None)
+    assert done[:3] == (1, tmp_path / name, ())
+    assert done.error == pytest.approx(float(rgb.project(to_float(pixels(source)[None])).error))
     assert progress == [(1, 1)]
     result = pixels(tmp_path / name)
     assert torch.equal(result, projected(rgb, pixels(source)))
@@ -215,7 +217,7 @@ def test_a_tree_becomes_its_projections_and_a_table(rgb: ManifoldFilter, tmp_pat
 
     names = sorted(TREE)
     results = [Path(name).with_suffix(".png").as_posix() for name in names]
-    assert done == (len(TREE), target, (), target / "errors.csv")
+    assert done[:3] == (len(TREE), target, ())
     assert progress == [(len(TREE), len(TREE))]
     assert contents(target) == sorted([*results, "errors.csv"])
 
@@ -226,6 +228,7 @@ def test_a_tree_becomes_its_projections_and_a_table(rgb: ManifoldFilter, tmp_pat
     assert header == ["file", "error", "steps", "status"]
     assert [row[0] for row in rows] == names
     assert torch.equal(torch.tensor([float(row[1]) for row in rows]), direct.error)  # to the last bit
+    assert done.error == pytest.approx(float(direct.error.mean()))
     assert [row[2:] for row in rows] == [["2", "ok"]] * len(names)
 
 
@@ -279,7 +282,9 @@ def test_corrupt_files_are_named_and_the_rest_done(
 def test_a_folder_of_corrupt_files_alone_gives_a_table(rgb: ManifoldFilter, tmp_path: Path) -> None:
     spoil(tmp_path / "in" / "x.png")
     done = purify(rgb, tmp_path / "in", tmp_path / "out")
-    assert done == (0, tmp_path / "out", ("x.png",), tmp_path / "out" / "errors.csv")
+    assert done[:3] == (0, tmp_path / "out", ("x.png",))
+    assert math.isnan(done.error)
+    assert (tmp_path / "out" / "errors.csv").is_file()
     assert contents(tmp_path / "out") == ["errors.csv"]
 
 

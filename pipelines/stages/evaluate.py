@@ -42,6 +42,8 @@ def run(context: Context) -> dict[str, Any]:
             store=store,
             on_progress=advance,
         )
+    if config.classifier:
+        _doubt_guesses(context, evaluation)
     if context.main:
         _write_csv(context.folder / "images.csv", y, evaluation)
         _pictures(context, evaluation, x, y)
@@ -58,6 +60,17 @@ def run(context: Context) -> dict[str, Any]:
         "transfers": evaluation.transfers(),
         "detection": _detection(evaluation, x),
     }
+
+
+def _doubt_guesses(context: Context, evaluation: Evaluation) -> None:
+    """Say so if a classifier of the user's is no better than chance on clean images."""
+    own = next(row for row in evaluation.rows if row.attack == "clean")
+    classes = context.data.classes
+    if own.ci_low <= 1 / len(classes):
+        context.say(
+            f"{own.defence}: right on {own.robust_accuracy:.1%} of clean images, as by guessing: do its "
+            f"columns follow the classes ({', '.join(classes[:3])} …), does it take images in [0, 1]?"
+        )
 
 
 def _detection(evaluation: Evaluation, x: Tensor) -> list[dict[str, Any]]:

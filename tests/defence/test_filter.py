@@ -102,6 +102,11 @@ def test_a_filter_of_less_strength_goes_part_of_the_way(networks: Any, view: Any
     torch.testing.assert_close(torch.autograd.grad(given, x)[0], expected)
 
 
+def test_settings_of_a_filter_are_no_name(networks: Any) -> None:
+    with pytest.raises(TypeError, match=r"expected a ProjectionConfig, such as PRESETS.* got 'fast'"):
+        ManifoldFilter(*networks).configured("fast")  # type: ignore[arg-type]
+
+
 def test_a_filter_of_less_strength_runs_in_mixed_precision(networks: Any) -> None:
     filter = ManifoldFilter(*networks, ProjectionConfig(steps=0, strength=0.3))
     x = images(2).requires_grad_(True)

@@ -21,6 +21,16 @@ def classifier():
 
 
 from manifold_defense.evaluation.baselines import BitDepth, Preprocessed
+from pipelines.data import DataConfig, load_data, to_float
+
+
+def nearest_mean():
+    train = load_data(DataConfig()).train
+    means = torch.stack([to_float(train.images[train.labels == c]).mean(0).flatten() for c in range(10)])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    model[1].weight.data, model[1].bias.data = 2 * means, -means.square().sum(1)
+    return model
+
 
 module = classifier()
 coarse = lambda: Preprocessed(BitDepth(2), classifier())
@@ -94,6 +104,12 @@ def test_an_own_classifier_is_evaluated_beside_baselines(tmp_path, name):
     assert result.exit_code == 0, result.output
     assert "L∞ 0.15" in result.output
     assert {r["defence"] for r in metrics(tmp_path)["rows"]} == {"own", "binarise", "noise"}
+
+
+def test_one_that_guesses_is_doubted(tmp_path):
+    doubt = "as by guessing: do its columns follow the classes (0, 1, 2 …)"
+    for name, doubted in (("classifier", True), ("nearest_mean", False)):
+        assert (doubt in run("--classifier", f"mine_first:{name}").output.replace("\n", "")) == doubted
 
 
 def test_one_that_brings_its_preprocessing_is_attacked_in_all_its_views(tmp_path):
@@ -233,6 +249,8 @@ def test_the_digest_of_defences_is_of_what_they_answer():
         (("--classifier", "mine_first:bright"), "AssertionError: too bright"),
         (("--classifier", "mine_first:flat"), "AttributeError: no gradients here"),
         (("--classifier", ".mine_first:module"), "TypeError"),
+        (("--classifier", "mine_first.py:classifier"), "the module without .py"),
+        (("--classifier", "mine_nowhere:classifier"), "No module named 'mine_nowhere' (also looked for in"),
         (("--classifier", "mine_broken:module"), "SyntaxError"),
         (("--classifier", "mine_leaving:module"), "SystemExit: 3"),
         (("--filter", "folder"), "give --classifier as well"),
