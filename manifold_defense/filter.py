@@ -7,7 +7,8 @@ alone, never the result.
 
 from __future__ import annotations
 
-from typing import Any, Self, get_args
+import copy
+from typing import Any, Self, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from manifold_defense.projection import (
 from manifold_defense.types import Projection, View
 
 VIEWS: tuple[View, ...] = get_args(View)
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 class ManifoldFilter(nn.Module):
@@ -156,6 +158,13 @@ class ManifoldFilter(nn.Module):
         return {"encoder": self.encoder, "bank": bank, "metric": metric}
 
 
+def with_parts(module: _Model, **parts: nn.Module) -> _Model:
+    """A copy of a module, of its own kind, that shares everything but the submodules `parts`."""
+    other = copy.copy(module)
+    other._modules = {**module._modules, **parts}
+    return other
+
+
 class DefendedClassifier(nn.Module):
     """`classifier(filter(x))`: images (N, C, H, W) in [0, 1] to logits (N, K).
 
@@ -167,9 +176,9 @@ class DefendedClassifier(nn.Module):
         self.filter = filter
         self.classifier = classifier
 
-    def view(self, name: View) -> DefendedClassifier:
+    def view(self, name: View) -> Self:
         """This model, sharing all weights, differentiated as `name` says."""
-        return DefendedClassifier(self.filter.seen(name), self.classifier)
+        return with_parts(self, filter=self.filter.seen(name))
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.classifier(self.filter(x))

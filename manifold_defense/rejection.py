@@ -6,13 +6,13 @@ attacks must both fool the classifier and pass (see `attacks.detector_aware`).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from manifold_defense.attacks.objective import evaluation_mode
-from manifold_defense.filter import DefendedClassifier, ManifoldFilter
+from manifold_defense.filter import DefendedClassifier, ManifoldFilter, with_parts
 from manifold_defense.types import View
 
 REJECTED = -1
@@ -35,9 +35,9 @@ class RejectingClassifier(nn.Module):
         self.classifier = classifier
         self.threshold = threshold
 
-    def view(self, name: View) -> RejectingClassifier:
+    def view(self, name: View) -> Self:
         """This model, sharing all weights, differentiated as `name` says."""
-        return RejectingClassifier(self.filter.seen(name), self.classifier, self.threshold)
+        return with_parts(self, filter=self.filter.seen(name))
 
     @property
     def defended(self) -> DefendedClassifier:

@@ -11,6 +11,7 @@ from rich.table import Table
 Rows = Sequence[Mapping[str, Any]]
 COLUMNS = ("defence", "clean", "noise", "unaware", "approximate", "exact", "worst of all", "95 % interval")
 MASKED = " (masked)"
+_FEWEST = 10  # images on which checks find what they look for
 _FRONT = ("noise", "unaware", "approximate", "exact")  # the columns of attacks, weak to strong
 _NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1", "l0": "L0", "union": "union of all threats"}
 
@@ -67,7 +68,7 @@ def _column(row: Mapping[str, Any]) -> str:
         return "noise"
     if row["view"] in ("unaware", "exact"):
         return str(row["view"])
-    return "" if row["view"] in ("deployed", "transfer", "all", None) else "approximate"
+    return "" if row["view"] in ("deployed", "transfer", "checks", "all", None) else "approximate"
 
 
 def summary(rows: Rows, comparisons: Rows) -> list[str]:
@@ -123,6 +124,8 @@ def print_results(console: Console, metrics: Mapping[str, Any]) -> None:
     """The tables, the warnings above them and the summary below."""
     for warning in metrics["warnings"]:
         console.print(f"[bold red]not a robustness figure[/]: {warning}", highlight=False, soft_wrap=True)
+    if unchecked := _unchecked(metrics):
+        console.print(unchecked, highlight=False, soft_wrap=True)
     for table in threat_tables(metrics["rows"]):
         shown = Table(title=f"{table.title}: accuracy on {metrics['n']} test images", title_justify="left")
         for column in COLUMNS:
@@ -135,6 +138,14 @@ def print_results(console: Console, metrics: Mapping[str, Any]) -> None:
         console.print(sentence, highlight=False, soft_wrap=True)
 
 
+def _unchecked(metrics: Mapping[str, Any]) -> str:
+    """What to say where too few images were examined for masked gradients, or none."""
+    images = metrics["checked"]
+    if images >= _FEWEST:
+        return ""
+    return f"Masked gradients were looked for on {images} images: too few to trust what is not marked."
+
+
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "".join("| " + " | ".join(line) + " |\n" for line in (header, rule, *lines))
@@ -143,6 +154,7 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
 def markdown_results(metrics: Mapping[str, Any]) -> str:
     """Warnings, the tables by threat, and the summary, as Markdown."""
     parts = [f"> **Not a robustness figure:** {w}.\n\n" for w in metrics["warnings"]]
+    parts += [f"> {unchecked}\n\n" for unchecked in [_unchecked(metrics)] if unchecked]
     for table in threat_tables(metrics["rows"]):
         parts.append(f"**{table.title}**, {metrics['n']} test images\n\n")
         lines = [

@@ -53,9 +53,13 @@ def cw(
             logits = model(x)
         margin = margins(logits, y, targeted)
         best_size[fooled(logits, y, targeted) & (margin >= confidence)] = 0
+        # tanh cannot leave pixels that are exactly 0 or 1: start off the boundary.
+        start = torch.atanh((2 * x - 1) * (1 - _OFFSET))
+        # Adam's first step moves every pixel: not farther together than half of eps.
+        reach = ((1 - torch.tanh(start).square()) / 2).flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        rate = (eps / (2 * reach)).clamp(max=learning_rate)
         for _ in range(searches):
-            # tanh cannot leave pixels that are exactly 0 or 1: start off the boundary.
-            w = torch.atanh((2 * x - 1) * (1 - _OFFSET))
+            w = start.clone()
             mean, square = torch.zeros_like(x), torch.zeros_like(x)
             succeeded = torch.zeros(len(x), dtype=torch.bool, device=x.device)
             for step in range(1, steps + 1):
@@ -71,7 +75,7 @@ def cw(
                     margin = margins(logits, label, targeted)
                     distance = (tried - clean).square().flatten(1).sum(1)
                     total = distance + weight[active] * (confidence - margin).clamp(min=0)
-                    gradient = input_gradient(total, at)
+                    gradient = input_gradient(total, at).nan_to_num(0, 0, 0)
                 tried, margin, logits = tried.detach(), margin.detach().to(x.dtype), logits.detach()
                 wrong = fooled(logits, label, targeted)
                 hit = wrong & (margin >= confidence)
@@ -85,7 +89,7 @@ def cw(
                 mean[active] = 0.9 * mean[active] + 0.1 * gradient
                 square[active] = 0.999 * square[active] + 0.001 * gradient.square()
                 scale = (square[active] / (1 - 0.999**step)).sqrt() + 1e-8
-                w[active] -= learning_rate * mean[active] / (1 - 0.9**step) / scale
+                w[active] -= rate[active] * mean[active] / (1 - 0.9**step) / scale
             high = torch.where(succeeded, torch.minimum(high, weight), high)
             low = torch.where(succeeded, low, torch.maximum(low, weight))
             weight = torch.where(torch.isfinite(high), (low + high) / 2, 10 * weight)

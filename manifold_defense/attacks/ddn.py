@@ -37,7 +37,8 @@ def ddn(
     the model and grows by it while not; levels are not quantised. What differs from the paper: the
     gradient is that of a cross-entropy that neither saturates nor depends on the scale of the logits,
     pixels that would leave [0, 1] take no part in the direction, and the last 30 % of the `steps`
-    forward-backward passes slide the image found along the boundary (`refine`).
+    forward-backward passes slide the image found along the boundary (`refine`). The length begins at
+    `initial_size`, but with a finite `eps` there.
 
     An image for which nothing within `eps` was found is returned unchanged. With a finite `eps` and
     `stop_early` an image leaves the batch as soon as one is found within. Nothing is random: `seed`
@@ -56,7 +57,7 @@ def ddn(
 
     with evaluation_mode(model):
         nearest = Nearest(model, x, y, norm=norm, eps=eps, targeted=targeted, stop_early=stop_early)
-        current, length = x.clone(), x.new_full((len(x),), initial_size)
+        current, length = x.clone(), x.new_full((len(x),), initial_size if math.isinf(eps) else eps)
         for step in range(steps - refined):
             active = nearest.sought()
             if len(active) == 0:

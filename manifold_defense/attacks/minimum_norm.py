@@ -9,7 +9,13 @@ from torch import Tensor
 
 from manifold_defense.attacks.halfspace import nearest_in_halfspace
 from manifold_defense.attacks.norms import sizes
-from manifold_defense.attacks.objective import fooled, input_gradient, logits_and_gradient, margins
+from manifold_defense.attacks.objective import (
+    contested,
+    fooled,
+    input_gradient,
+    logits_and_gradient,
+    margins,
+)
 from manifold_defense.types import Classifier
 
 # A margin, as a share of the largest logit, that the rounding of another batch does not undo.
@@ -76,7 +82,7 @@ class Nearest:
 
 def clearance(logits: Tensor) -> Tensor:
     """The margin, (N,), from which an answer (N, K) counts as sure."""
-    return _CLEAR * logits.nan_to_num(0, 0, 0).abs().amax(1)
+    return _CLEAR * contested(logits)
 
 
 def smooth_gradient(model: Classifier, x: Tensor, y: Tensor, targeted: bool) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,15 @@ def _spread(logits: Tensor, rank: int) -> Tensor:
 
 def clearly(margin: Tensor, logits: Tensor) -> Tensor:
     """Whether a margin (N,) of logits (N, K) is beyond what another batch's rounding can undo, (N,)."""
-    return margin > 1e-4 * logits.abs().amax(1)
+    return margin > 1e-4 * contested(logits)
+
+
+def contested(logits: Tensor) -> Tensor:
+    """The size (N,) of the two largest of logits (N, K), whose difference decides.
+
+    That of a class that a constant has switched off does not count.
+    """
+    return logits.nan_to_num(0, 0, 0).topk(2, dim=1).values.abs().amax(1)
 
 
 def input_gradient(value: Tensor, x: Tensor, *, retain_graph: bool = False) -> Tensor:

@@ -103,7 +103,7 @@ def _climb(
         at, label = current[active], y[active]
         if step < steps:
             logits, gradient = logits_and_gradient(model, at, label, loss, targeted)
-            # A ball of radius ½ about grey: the same `5 eps / steps`, falling to zero, as in `pgd`.
+            # A ball of radius ½ about grey: `5 eps / steps` at first, falling to zero.
             length = 2.5 / steps * (1 - step / steps)
             direction = gradient.nan_to_num(0, 0, 0).sign() * inside[active]
             current[active] = (at + length * direction).clamp(0, 1)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from manifold_defense.attacks.jpeg import compress
 from manifold_defense.attacks.resampling import blur
+from manifold_defense.filter import with_parts
 
 # Steepness of the soft steps of `Binarise` and `BitDepth`, by view.
 _SLOPES = {"soft": 5.0, "sharp": 20.0}
@@ -246,9 +247,9 @@ class Preprocessed(nn.Module):
     def views(self) -> tuple[str, ...]:
         return self.preprocess.views()
 
-    def view(self, name: str) -> Preprocessed:
+    def view(self, name: str) -> Self:
         """This model, sharing all weights, differentiated as `name` says."""
-        return Preprocessed(self.preprocess.seen(name), self.classifier)
+        return with_parts(self, preprocess=self.preprocess.seen(name))
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.classifier(self.preprocess(x))

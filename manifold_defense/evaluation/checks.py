@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from manifold_defense.attacks import geometry
 from manifold_defense.attacks.norms import column
-from manifold_defense.attacks.objective import correct, evaluation_mode, margins
-from manifold_defense.evaluation.subject import Check, Subject, change_of, share_of, spread
+from manifold_defense.attacks.objective import contested, correct, evaluation_mode, margins
+from manifold_defense.evaluation.subject import Check, Subject, change_of, lead, share_of
 from manifold_defense.evaluation.suite import AttackConfig, Defence
 from manifold_defense.rejection import RejectingClassifier
 from manifold_defense.types import Classifier, Norm, Threat
@@ -102,15 +102,16 @@ def saturation(s: Subject) -> Check:
 
 def offset(s: Subject) -> Check:
     """Are the logits far from zero, where float32 has no digits left for their differences?"""
-    size = float(s.logits(s.x).mean(1).abs().median())
+    logits = s.logits(s.x)
+    size = float(contested(logits).median())
     words = f"the logits lie {size:.0f} away from zero: losses lose precision"
-    return s.verdict("offset", size, size <= 50, words)
+    return s.verdict("offset", size, size <= max(50, 5 * float(lead(logits))), words)
 
 
 def randomness(s: Subject) -> Check:
     """Does the same input give the same answer? If not, its gradients must be averaged."""
     change = change_of(s.logits(s.x), s.logits(s.x))
-    words = f"answers to the same image differ, by {change:.1%} of their spread: average over draws"
+    words = f"answers to the same image differ, by {change:.1%} of their lead: average over draws"
     return s.verdict("randomness", change, change <= 1e-3, words)
 
 
@@ -126,19 +127,38 @@ def batch(s: Subject) -> Check:
     # What draws may give a smaller batch other draws.
     fewer = [s.logits(few[:size]) for size in (1, 2, 4)] if s.defence.draws == 1 else []
     change = max(change_of(together[: len(z)], z) for z in (among_others, *fewer))
-    words = f"answers depend on the rest of the batch, by {change:.1%} of their spread"
+    words = f"answers depend on the rest of the batch, by {change:.1%} of their lead"
     return s.verdict("batch", change, change <= 0.01, words)
 
 
 def memory(s: Subject) -> Check:
-    """Does the model answer as it would if it had never been asked before?"""
-    change = 0.0
-    if s.unused is not None and s.defence.draws == 1:
-        x_adv = s.adversarial("pgd")
-        with torch.no_grad(), evaluation_mode(s.unused):
-            change = change_of(s.logits(x_adv), s.unused(x_adv))
-    words = f"answers depend on what was asked before, by {change:.1%} of their spread"
+    """Does the model answer as it would if it had never been asked before?
+
+    Asked of a copy from before, and of the model itself before and after other images.
+    """
+    if s.defence.draws > 1 or s.unused is None:
+        return s.verdict("memory", 0.0, True, "not asked")
+    if s.unused is s.defence.model:
+        words = "it cannot be copied, so that nobody can tell whether it remembers what it was asked"
+        return s.verdict("memory", 1.0, False, words)
+    x_adv = s.adversarial("pgd")
+    between = (s.x + s.x.flip(0)) / 2
+    before, _, after = s.logits(between), s.logits(1 - between), s.logits(between)
+    with torch.no_grad(), evaluation_mode(s.unused):
+        change = max(change_of(s.logits(x_adv), s.unused(x_adv)), change_of(before, after))
+    words = f"answers depend on what was asked before, by {change:.1%} of their lead"
     return s.verdict("memory", change, change <= 0.01, words)
+
+
+def recording(s: Subject) -> Check:
+    """Does it answer those who want a gradient as it answers those who do not?"""
+    change = 0.0
+    if s.defence.draws == 1:
+        with torch.enable_grad(), evaluation_mode(s.defence.model):
+            recorded = s.defence.model(s.x.clone().requires_grad_(True)).detach()
+        change = change_of(s.logits(s.x), recorded)
+    words = f"answers differ when a gradient is wanted, by {change:.1%} of their lead"
+    return s.verdict("recording", change, change <= 0.01, words)
 
 
 def jump(s: Subject) -> Check:
@@ -149,7 +169,7 @@ def jump(s: Subject) -> Check:
     rng = torch.Generator().manual_seed(s.seed)
     nearby = s.x + 1e-3 * (2 * torch.rand(s.x.shape, generator=rng).to(s.x) - 1)
     here, there = s.logits(s.x), s.logits(nearby.clamp(0, 1))
-    jumps = ((here - there).abs() / spread(here)).amax(1) > 0.05
+    jumps = ((here - there).abs().nan_to_num(torch.inf) / lead(here)).amax(1) > 0.1
     if s.defence.predict is not None:
         jumps |= (s.defence.predict(nearby.clamp(0, 1)) < 0) & (s.defence.predict(s.x) >= 0)
     share = share_of(jumps)
@@ -232,7 +252,7 @@ def path(s: Subject) -> Check:
 
 
 def convergence(s: Subject) -> Check:
-    """Does a longer attack still break images that are said to be robust?"""
+    """Does a longer attack still break images that are said to be robust? What it makes of them is kept."""
     if s.left is None:
         alive = s.robust(s.adversarial("pgd"))
         x, y, share, most = s.x[alive], s.y[alive], share_of(alive), 3 * _TOLERANCE
@@ -262,6 +282,7 @@ def convergence(s: Subject) -> Check:
         # Chosen by some draws, judged by others; where all images share those, by so much they may err.
         score[at] = s.score(worst[at], y[at], s.seed + 2)
         most += (share * (1 - share) / s.defence.draws) ** 0.5 * 2
+    s.after = worst
     broken = max(int((before - score).sum().round()), 0)
     fall = share * float((before - score).sum() / before.sum().clamp(min=1))
     words = (
@@ -297,6 +318,7 @@ OF_MODEL: _Checks = (
     randomness,
     batch,
     memory,
+    recording,
     jump,
     edge,
     rule,
@@ -318,6 +340,7 @@ def examine(
     seed: int = 0,
     unused: Classifier | None = None,
     checks: _Checks = CHECKS,
+    keep: Callable[[Tensor], None] = lambda after: None,
 ) -> list[Check]:
     """Checks of one defence on images (N, C, H, W) with labels (N,), some dozens.
 
@@ -327,8 +350,10 @@ def examine(
     `left` are images, labels and scores of those that an evaluation could not break, or some of them, and
     `left_share` the robust accuracy that it states; without, those are taken that PGD of `steps`
     leaves. Where `threat` is no L∞ or L2 ball, L∞ 0.1 stands in for it, but for what is `left`: whether a
-    longer attack breaks that is asked of every threat. `unused` is a copy of the deployed model from
-    before it was asked anything; without, nobody looks whether it remembers.
+    longer attack breaks that is asked of every threat. `keep` is given what that attack made of them,
+    (M, C, H, W), the clean images where it broke none. `unused` is a copy of the deployed model from
+    before it was asked anything; without, nobody looks whether it remembers, and one that is the model
+    itself says that it could not be copied.
     Images that the defence gets wrong to begin with say nothing and are left out.
     """
     clean = Subject(defence, threat, x, y)
@@ -345,4 +370,6 @@ def examine(
         if check in OF_THREAT:
             made = replace(made, norm=asked.threat.norm, eps=asked.threat.eps)
         found.append(made)
+    if left is not None and own.after is not None:
+        keep(own.after)
     return found

@@ -9,8 +9,10 @@ included.
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any, Protocol, get_args
 
@@ -24,7 +26,7 @@ from manifold_defense.evaluation.meter import COSTS
 from manifold_defense.evaluation.outcome import Compute, Outcome, in_batches, judged, run_job
 from manifold_defense.evaluation.statistics import paired
 from manifold_defense.evaluation.subject import Check
-from manifold_defense.evaluation.suite import SPECS, AttackConfig, Defence, Job, jobs
+from manifold_defense.evaluation.suite import CHECKED, SPECS, AttackConfig, Defence, Job, jobs
 from manifold_defense.projection import check_images
 from manifold_defense.randomised import seeded
 from manifold_defense.types import Classifier, Threat
@@ -110,6 +112,8 @@ def _check(
     check_images(x, (channels, height, width))
     if y.dtype != torch.int64 or y.shape != x.shape[:1]:
         raise ValueError(f"labels: expected {len(x)} of int64, got {y.dtype} of shape {tuple(y.shape)}")
+    if (y < 0).any():
+        raise ValueError(f"labels: expected at least 0, got {int(y.min())}")
 
 
 def evaluate(
@@ -132,10 +136,11 @@ def evaluate(
     latter. Then every defence meets the images that broke the others. At the end each is examined
     for masked gradients on the first `checks` images that it gets right, and for a stronger attack on as
     many of those that were left (0: none is): under every L∞ and L2 threat by all checks, under others for
-    the stronger attack alone. The rows of a threat under which it fails are marked, and those of threats
-    that are no such ball if it fails under one. Raises ValueError for images outside [0, 1], labels
-    that are not int64, defences or attacks of the same name, a threat that no attack applies to, and a model
-    that returns no logits or changes the images that it is given.
+    the stronger attack alone, and what that breaks counts as broken. The rows of a threat under which it
+    fails are marked, and those of threats that are no such ball if it fails under one. Raises ValueError
+    for images outside [0, 1], labels that are not int64, defences or attacks of the same name, a threat
+    that no attack applies to, and a model that returns no finite logits or changes the images that it is
+    given.
     """
     _check(defences, attacks, threats, x, y, mode)
     compute = compute or in_batches(max(len(x), 1))
@@ -179,10 +184,16 @@ def evaluate(
 
         meet(job, torch.tensor(list(pool), dtype=torch.long), tried)
 
+    def enter(job: Job, at: Tensor, x_adv: Tensor) -> None:
+        """What a check broke is broken."""
+        outcome = judged(job, x[at], y[at], x_adv, seed, (0.0,) * len(COSTS))._replace(met=at)
+        ledger.enter(job, outcome)
+        outcomes.append((job, outcome))
+
     found: list[Check] = []
     for done, (defence, threat) in enumerate(examined, 1):
         clean = ledger.clean[defence.name]
-        score = ledger.worst.get((defence.name, threat), clean)
+        score = ledger.worst.get((defence.name, threat), clean).clone()
         # Of a model that draws, the images that it gets right in most of its draws.
         right, at = ((of > 0.5).nonzero()[:checks, 0] for of in (clean, score))
         found += examine(
@@ -195,8 +206,9 @@ def evaluate(
             seed=seed,
             unused=unused[defence.name],
             checks=CHECKS if threat is first else OF_THREAT if threat.norm in BALLS else (convergence,),
+            keep=partial(enter, Job(defence, None, CHECKED, threat), at),
         )
-        on_progress(len(outcomes) + done, total)
+        on_progress(len(todo) + len(pairs) + done, total)
     rows = [*ledger.rows, *ledger.worst_rows(defences)]
     return Evaluation(
         mode,
@@ -219,8 +231,11 @@ def _ask(defence: Defence, x: Tensor, y: Tensor) -> None:
     expected = f"{defence.name}: expected float logits (N, K) of {len(given)} images, got"
     if not isinstance(logits, Tensor):
         raise ValueError(f"{expected} {type(logits).__name__}")
-    if logits.dim() != 2 or len(logits) != len(given) or not logits.is_floating_point():
+    fits = logits.dim() == 2 and len(logits) == len(given) and logits.shape[1] > 1
+    if not fits or not logits.is_floating_point():
         raise ValueError(f"{expected} {logits.dtype} of shape {tuple(logits.shape)}")
+    if not logits.isfinite().all():
+        raise ValueError(f"{expected} some that are not finite")
     if logits.shape[1] < known:
         raise ValueError(
             f"labels: expected below {logits.shape[1]}, the classes of {defence.name}, got {known - 1}"
@@ -231,12 +246,16 @@ def _ask(defence: Defence, x: Tensor, y: Tensor) -> None:
         )
 
 
-def _copied(model: Classifier) -> Classifier | None:
-    """The model as it is now, or None of one that cannot be copied."""
+def _copied(model: Classifier) -> Classifier:
+    """The model as it is now, of a function with what it closes over; itself if it cannot be copied."""
     try:
-        return copy.deepcopy(model)
+        if not isinstance(model, types.FunctionType):
+            return copy.deepcopy(model)
+        cells = tuple(types.CellType(copy.deepcopy(cell.cell_contents)) for cell in model.__closure__ or ())
+        defaults = copy.deepcopy(model.__defaults__)
+        return types.FunctionType(model.__code__, model.__globals__, model.__name__, defaults, cells)
     except Exception:  # whatever a class of the user's raises
-        return None
+        return model
 
 
 def _masked(row: Row, checks: Sequence[Check]) -> bool:

@@ -1,4 +1,4 @@
-"""What an attack costs: images passed through the model, forward and backward, and generator evaluations."""
+"""What an attack costs: images passed through the model, or a part of it, and generator evaluations."""
 
 from __future__ import annotations
 

@@ -62,9 +62,10 @@ def attack_images(job: Job, x: Tensor, y: Tensor, seed: int, meter: Meter | None
     attacked = job.defence.answering if job.view == NO_GRADIENT else job.defence.attacked[job.view]
     # Fooling the attacked model is not the end where another judges, or the same on other draws.
     press = job.view == "unaware" or job.defence.draws > 1
-    attack = job.attack.bind(job.threat, seed=seed, press=press, model=attacked)
+    counted = meter.counted if meter else None
+    attack = job.attack.bind(job.threat, seed=seed, press=press, model=attacked, counted=counted)
     with seeded(attacked, 2 * seed):
-        x_adv = attack(meter.counted(attacked) if meter else attacked, x, y)
+        x_adv = attack(counted(attacked) if counted else attacked, x, y)
     size = sizes(job.threat.norm, x_adv - x)
     rounding = 1e-4 * job.threat.eps + 1e-7 * x.shape[1:].numel() ** 0.5
     inside = (x_adv >= 0).all() and (x_adv <= 1).all() and (size <= job.threat.eps + rounding).all()

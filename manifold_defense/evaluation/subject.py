@@ -45,7 +45,7 @@ class Subject:
     `left` are images (M, C, H, W), labels (M,) and scores (M,) of what other attacks could not break, a
     sample of the share `left_share` of all; without, those are taken that `adversarial` leaves. `unused`
     is a copy of the deployed model that was never asked anything. Results of attacks are kept, since
-    several checks compare the same ones.
+    several checks compare the same ones; `after` is what the last of them made of what was left.
     """
 
     defence: Defence
@@ -57,6 +57,7 @@ class Subject:
     left: tuple[Tensor, Tensor, Tensor] | None = None
     left_share: float = 1.0
     unused: Classifier | None = None
+    after: Tensor | None = field(default=None, init=False)
     _kept: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     def adversarial(self, attack: str = "pgd", view: str | None = None, scale: float = 1.0) -> Tensor:
@@ -121,8 +122,8 @@ class Subject:
 
 
 def change_of(a: Tensor, b: Tensor) -> float:
-    """The largest difference of logits (N, K) of the same images, as a share of their spread."""
-    return float(((a - b).abs() / spread(a)).amax()) if len(a) else 0.0
+    """The largest difference of logits (N, K) of the same images, by their `lead`; a million for NaN."""
+    return min(float((a - b).abs().nan_to_num(torch.inf).amax() / lead(a)), 1e6) if len(a) else 0.0
 
 
 def share_of(images: Tensor) -> float:
@@ -130,6 +131,10 @@ def share_of(images: Tensor) -> float:
     return int(images.sum()) / max(len(images), 1)
 
 
-def spread(logits: Tensor) -> Tensor:
-    """Largest less smallest logit of each image, (N, 1)."""
-    return (logits.amax(1) - logits.amin(1)).clamp(min=1e-6).unsqueeze(1)
+def lead(logits: Tensor) -> Tensor:
+    """By how much the largest logit leads the second, the median over images of (N, K), ().
+
+    What decides labels, and is no larger for a class that a constant has switched off.
+    """
+    first, second = logits.topk(2, dim=1).values.unbind(1)
+    return (first - second).median().clamp(min=1e-6)

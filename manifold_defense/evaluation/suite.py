@@ -52,6 +52,7 @@ ViewName = Literal[
 # In which order they are met: from what knows nothing of the defence to what knows all of it.
 ORDER: tuple[ViewName, ...] = get_args(ViewName)
 NO_GRADIENT: ViewName = "deployed"  # for an attack that asks the deployed model for its answers alone
+CHECKED = "checks"  # in place of a view, for what the checks for masked gradients broke
 
 _PRESSING: Mapping[str, Any] = {"stop_early": False}
 
@@ -92,6 +93,14 @@ def _range(defended: _Filtered) -> dict[str, Any]:
         "surrogate": defended.classifier,
         "start": lambda x: defended.filter.project(x).z,
     }
+
+
+_PASSES = frozenset({"features", "surrogate", "residual"})
+
+
+def _behind(model: Classifier | None) -> Classifier | None:
+    """What an attack can look into: of a model that draws, the one that is averaged."""
+    return model.model if isinstance(model, attacks.Expectation) else model
 
 
 def _range_attack(
@@ -138,9 +147,9 @@ SPECS: dict[str, Spec] = {
 class AttackConfig:
     """One attack of the suite and its strength.
 
-    steps      gradient passes; for noise and corruption the draws, for square and hop_skip_jump
-               the queries of the model
-    restarts   of those that have some; for cw the searches on its constant
+    steps      gradient passes; for noise and corruption the draws, for square, sparse_rs and
+               hop_skip_jump the queries of the model (0: the attack's own number)
+    restarts   of those that have some; for cw the searches on its constant (0: the attack's own number)
     loss       that is climbed: ce, margin, dlr, or both, which is ce and margin by turns, a restart
                each
     targets    of apgd: how many of the most likely wrong classes are aimed at, each in a run of its
@@ -156,8 +165,8 @@ class AttackConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
 
     name: AttackName = "pgd"
-    steps: int = 40
-    restarts: int = 1
+    steps: int = 0
+    restarts: int = 0
     loss: Literal["", "ce", "margin", "dlr", "both"] = ""
     targets: int = 0
     views: tuple[ViewName, ...] = ()
@@ -166,12 +175,11 @@ class AttackConfig:
         if self.name not in SPECS:
             raise ValueError(f"name: expected one of {', '.join(SPECS)}, got {self.name!r}")
         spec = SPECS[self.name]
-        for name, least in (("steps", 1), ("restarts", 1), ("targets", 0)):
+        for name in ("steps", "restarts", "targets"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
-            unset = getattr(type(self), name)
-            if name != "targets" and getattr(spec, name) is None and value != unset:
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}: expected a whole number of at least 0, got {value!r}")
+            if name != "targets" and getattr(spec, name) is None and value:
                 raise ValueError(f"{name} of {self.name}: expected none, it has none to set; got {value}")
         if self.loss and self.loss not in spec.losses:
             known = f"one of {', '.join(spec.losses)}" if spec.losses else "none"
@@ -191,25 +199,36 @@ class AttackConfig:
     def applies_to(self, threat: Threat) -> bool:
         return threat.norm in SPECS[self.name].norms
 
-    def bind(self, threat: Threat, *, seed: int, press: bool, model: Classifier | None = None) -> Attack:
+    def bind(
+        self,
+        threat: Threat,
+        *,
+        seed: int,
+        press: bool,
+        model: Classifier | None = None,
+        counted: Callable[[Classifier], Classifier] | None = None,
+    ) -> Attack:
         """The attack within `threat`; with `press` it goes on after its own model is fooled.
 
-        `model` is the attacked view, for attacks that look behind it.
+        `model` is the attacked view, for attacks that look behind it; `counted` puts a counter before
+        what they differentiate there.
         """
         spec = SPECS[self.name]
         found: dict[str, Any] = {"norm": threat.norm, "eps": threat.eps, "seed": seed}
-        if spec.steps:
-            found[spec.steps] = self.steps
-        if spec.restarts:
-            found[spec.restarts] = self.restarts
+        for parameter, value in ((spec.steps, self.steps), (spec.restarts, self.restarts)):
+            if parameter and value:
+                found[parameter] = value
         if self.loss:
             found["loss"] = self.loss
         if spec.targets:
             found[spec.targets] = self.targets
         if press:
             found |= spec.pressing
-        if spec.knows and isinstance(model, spec.kinds):
-            found |= spec.knows(model)
+        behind = _behind(model)
+        if spec.knows and isinstance(behind, spec.kinds):
+            found |= spec.knows(behind)
+            if counted is not None:
+                found |= {key: counted(found[key]) for key in _PASSES & found.keys()}
         return partial(spec.function, **found)
 
 
@@ -277,7 +296,7 @@ class Defence:
 
 
 class Job(NamedTuple):
-    """One cell of the evaluation: an attack on a defence in one view (no attack: clean images)."""
+    """One cell of the evaluation: an attack on a defence in one view (no attack: clean images, or checks)."""
 
     defence: Defence
     attack: AttackConfig | None
@@ -289,7 +308,7 @@ class Job(NamedTuple):
     def label(self) -> str:
         if self.source is not None:
             return f"transfer from {self.source}"
-        return self.attack.label if self.attack else "clean"
+        return self.attack.label if self.attack else self.view or "clean"
 
     @property
     def name(self) -> str:
@@ -322,7 +341,7 @@ def jobs(
 
 def _meets(attack: AttackConfig, defence: Defence, view: str) -> bool:
     spec = SPECS[attack.name]
-    if spec.knows and not isinstance(defence.attacked[view], spec.kinds):
+    if spec.knows and not isinstance(_behind(defence.attacked[view]), spec.kinds):
         return False
     if spec.view is not None:
         return view == spec.view

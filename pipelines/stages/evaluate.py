@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ def run(context: Context) -> dict[str, Any]:
     config, seed = context.config.evaluate, context.config.seed
     x, y = context.test_images(config.images)
     defences = make_defences(context)
-    store = _Store(context.folder / "jobs", context.main, _digest(defences, x[:2]))
+    store = _Store(context.folder / "jobs", context.fabric, _digest(defences, x[:2]))
     context.fabric.barrier()
 
     with context.progress(0, unit="jobs") as advance:
@@ -54,6 +55,7 @@ def run(context: Context) -> dict[str, Any]:
         "n": len(x),
         "mode": config.mode,
         "warnings": [str(check) for check in evaluation.checks if not check.passed],
+        "checked": config.checks,
         "checks": [check.as_dict() for check in evaluation.checks],
         "rows": [r.as_dict() for r in evaluation.rows],
         "comparisons": [line for pair in compared(context.config) for line in evaluation.comparisons(*pair)],
@@ -123,14 +125,17 @@ def _digest(defences: list[Defence], x: Tensor) -> str:
 
 @dataclass
 class _Store:
-    """Finished jobs, a file each, so that an interrupted evaluation goes on where it stopped."""
+    """Finished jobs, a file each, so that an interrupted evaluation goes on where it stopped.
+
+    The first process reads and writes; the others are told, lest they disagree on what is still to do.
+    """
 
     folder: Path
-    main: bool
+    fabric: Fabric
     digest: str
 
     def __post_init__(self) -> None:
-        if self.main:
+        if self.fabric.is_global_zero:
             self.folder.mkdir(exist_ok=True)
 
     def _path(self, job: Job) -> Path:
@@ -139,6 +144,9 @@ class _Store:
 
     def get(self, job: Job, met: Tensor) -> Outcome | None:
         """What an interrupted run found for the job; one damaged or of other images is done again."""
+        return self.fabric.broadcast(self._read(job, met) if self.fabric.is_global_zero else None)
+
+    def _read(self, job: Job, met: Tensor) -> Outcome | None:
         try:
             outcome = Outcome(**load_file(self._path(job)))
         except (FileNotFoundError, SafetensorError, TypeError):
@@ -146,7 +154,7 @@ class _Store:
         return outcome if torch.equal(outcome.met, met) else None
 
     def put(self, job: Job, outcome: Outcome) -> None:
-        if not self.main:
+        if not self.fabric.is_global_zero:
             return
         path = self._path(job)
         partial = path.with_suffix(".partial")

@@ -1,5 +1,6 @@
 """Deliberately masked defences are flagged, each by the check that is for it, and an honest model is not."""
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -92,6 +93,8 @@ MASKED: dict[str, tuple[dict[str, Callable[[Tensor], Tensor]], set[str]]] = {
     "softmax": ({"after": lambda z: z.softmax(1)}, {"probabilities"}),
     "noisy": ({"before": noisy}, {"randomness"}),
     "batch": ({"before": beside}, {"batch"}),
+    "batch alone": ({"after": lambda z: z if len(z) > 4 else torch.nan * z}, {"batch"}),
+    "lazy": ({"before": lambda x: quantised(x) if x.requires_grad else x}, {"recording"}),
     "not a number": ({"before": lambda x: x + 0 * (x - x).sqrt()}, {"gradient", "slope"}),
 }
 
@@ -201,7 +204,16 @@ def test_a_model_that_remembers_is_flagged(learned: Any) -> None:
     defence = Defence.bare("remembers", used)
     found = {c.name: c for c in examine(defence, LINF, x, y, unused=before)}
     assert not found["memory"].passed
-    honest = {c.name: c for c in examine(Defence.bare("a", model), LINF, x, y, unused=model)}
+
+    # A class that is switched off stretches the logits, not the difference between those that decide.
+    def blind(model: nn.Module) -> nn.Module:
+        return Changed(model, after=lambda z: torch.cat([0.02 * z, torch.full_like(z[:, :1], -500.0)], 1))
+
+    found = {
+        c.name: c for c in examine(Defence.bare("a", blind(used)), LINF, x, y, unused=blind(Remembers(model)))
+    }
+    assert not found["memory"].passed
+    honest = {c.name: c for c in examine(Defence.bare("a", model), LINF, x, y, unused=copy.deepcopy(model))}
     assert honest["memory"].passed
     assert honest["memory"].figure == 0
 

@@ -76,7 +76,7 @@ class Cheat(AttackConfig):
 
     delta: float = 0.0
 
-    def bind(self, threat: Threat, *, seed: int, press: bool, model: Any = None) -> Any:
+    def bind(self, threat: Threat, *, seed: int, press: bool, **more: Any) -> Any:
         return lambda model, x, y: x + self.delta
 
 
@@ -162,7 +162,7 @@ class Push(AttackConfig):
         object.__setattr__(made, "seen", [])
         return made
 
-    def bind(self, threat: Threat, *, seed: int, press: bool, model: Any = None) -> Any:
+    def bind(self, threat: Threat, *, seed: int, press: bool, **more: Any) -> Any:
         def attack(model: Any, x: Tensor, y: Tensor) -> Tensor:
             self.seen.append((x[:, 0, 0, 1] * 100).round().long().tolist())
             moved = x.clone()
@@ -254,9 +254,9 @@ def test_what_breaks_one_defence_is_tried_on_the_others() -> None:
     class OnlyA(Push):
         """Leaves every defence but the first alone."""
 
-        def bind(self, threat: Threat, *, seed: int, press: bool, model: Any = None) -> Any:
+        def bind(self, threat: Threat, *, seed: int, press: bool, **more: Any) -> Any:
             attack = super().bind(threat, seed=seed, press=press)
-            return attack if model is a.model else lambda model, x, y: x
+            return attack if more["model"] is a.model else lambda model, x, y: x
 
     found = evaluate([a, b], [OnlyA.of(0.3)], [FAR], x, y, checks=0)
     # Images 1, 2 and 3 of a are broken at 0.3; of them b gives way on 1 and 2.
@@ -359,7 +359,7 @@ def test_an_attack_on_a_model_that_draws_presses_on() -> None:
     seen: list[bool] = []
 
     class Asked(Push):
-        def bind(self, threat: Threat, *, seed: int, press: bool, model: Any = None) -> Any:
+        def bind(self, threat: Threat, *, seed: int, press: bool, **more: Any) -> Any:
             seen.append(press)
             return super().bind(threat, seed=seed, press=press)
 
@@ -426,9 +426,12 @@ def answering(forward: Callable[[Tensor], Any]) -> dict[str, Any]:
         ({"x": torch.zeros(4, 4)}, r"images: expected shape \(N, C, H, W\), got \(4, 4\)"),
         ({"y": torch.zeros(3, dtype=torch.long)}, "labels: expected 4 of int64"),
         ({"y": torch.zeros(4, dtype=torch.int32)}, "labels: expected 4 of int64, got torch.int32"),
+        ({"y": torch.full((4,), -1)}, "labels: expected at least 0, got -1"),
         ({"y": torch.full((4,), 2)}, "labels: expected below 2, the classes of a, got 2"),
         (answering(lambda x: (x, x)), r"a: expected float logits \(N, K\) of 2 images, got tuple"),
         (answering(lambda x: x), r"a: expected .*, got torch.float32 of shape \(2, 1, 2, 2\)"),
+        (answering(lambda x: x.flatten(1).log()), "a: expected .*, got some that are not finite"),
+        (answering(lambda x: x.flatten(1)[:, :1]), r"a: expected .*, got torch.float32 of shape \(2, 1\)"),
         (answering(lambda x: x[:1].flatten(1)), r"a: expected .*, got torch.float32 of shape \(1, 4\)"),
         (answering(lambda x: x.flatten(1).long()), r"a: expected .*, got torch.int64 of shape \(2, 4\)"),
         (answering(lambda x: x.add_(0.1).flatten(1)), "a: expected a model that leaves its images alone"),

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from manifold_defense import DefendedClassifier, ManifoldFilter, ProjectionConfig, Threat
+from manifold_defense.attacks import Expectation
 from manifold_defense.attacks.norms import sizes
 from manifold_defense.evaluation import AttackConfig, Defence, jobs, run_job
 from manifold_defense.evaluation.baselines import Binarise, Preprocessed
 from manifold_defense.evaluation.suite import SPECS
+from manifold_defense.randomised import RandomisedFilter
 from manifold_defense.rejection import RejectingClassifier
 from tests.defence.evaluation_support import L2, LINF, SUITE, labelled
 
@@ -105,6 +107,39 @@ def test_every_attack_of_the_suite_runs_in_its_threats(name: Any, linear: Any, c
         run_job(job, x, y, 0)  # raises if the attack leaves its threat
 
 
+@pytest.mark.parametrize("kind", [DefendedClassifier, RejectingClassifier, Preprocessed])
+def test_a_view_is_of_the_kind_of_its_model(linear: Any, classifier: nn.Module, kind: Any) -> None:
+    """What a subclass answers is what is attacked, in every view, and the model stays as it is."""
+
+    class Louder(kind):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return 3 * super().forward(x)
+
+    filter = ManifoldFilter(linear.float(), config=ProjectionConfig("gd", "origin", steps=3, step_size=1.0))
+    before = Binarise() if kind is Preprocessed else filter
+    model = Louder(before, classifier, *([1.0] if kind is RejectingClassifier else []))
+    x, _ = labelled(classifier, 4)
+    for view, attacked in Defence.of("a", model).attacked.items():
+        if view != "unaware":
+            assert torch.equal(attacked(x), model(x))
+            assert list(attacked.state_dict()) == list(model.state_dict())
+    assert next(iter(model.children())) is before
+
+
+def test_a_filter_that_draws_meets_what_looks_behind_a_filter(linear: Any, classifier: nn.Module) -> None:
+    filter = ManifoldFilter(linear.float(), config=ProjectionConfig("gd", "prior", steps=3, step_size=1.0))
+    drawing = Defence.filtered("inc", DefendedClassifier(RandomisedFilter(filter), classifier))
+    views = {view: Expectation(model, 2) for view, model in drawing.attacked.items() if view != "unaware"}
+    drawing = replace(drawing, attacked={"unaware": classifier, **views}, draws=3)
+    suite = [AttackConfig("feature_matching", 3, views=("exact",)), AttackConfig("range", 3)]
+    x, y = labelled(classifier, 4)
+    found = [job for job in jobs([drawing], suite, [LINF]) if job.attack]
+    assert [job.label for job in found] == ["feature_matching", "range"]
+    for job in found:
+        outcome = run_job(job, x, y, 0)
+        assert (outcome.cost[:, 1] > 0).all()  # what they differentiate behind the model counts as well
+
+
 def test_an_attack_is_for_its_threats_alone() -> None:
     assert AttackConfig("cw").applies_to(L2)
     assert not AttackConfig("cw").applies_to(LINF)
@@ -120,7 +155,7 @@ def test_an_attack_is_for_its_threats_alone() -> None:
         (AttackConfig("pgd", 7, 2), {"steps": 7, "restarts": 2}),
         (
             AttackConfig("apgd", 7, loss="dlr", targets=3),
-            {"steps": 7, "restarts": 1, "loss": "dlr", "target_classes": 3},
+            {"steps": 7, "loss": "dlr", "target_classes": 3},
         ),
     ],
 )
@@ -131,12 +166,20 @@ def test_an_attack_is_bound_to_its_threat(config: AttackConfig, keywords: dict[s
     assert pressing.keywords.get("stop_early", True) == (config.name == "noise")
 
 
+@pytest.mark.parametrize("name", SPECS)
+def test_what_a_config_leaves_open_is_the_attack_s_own(name: str) -> None:
+    threat = Threat(SPECS[name].norms[0], 2)
+    assert AttackConfig(name).bind(threat, seed=0, press=False).keywords.keys() <= {  # type: ignore[arg-type, attr-defined]
+        *("norm", "eps", "seed", "target_classes")
+    }
+
+
 @pytest.mark.parametrize(
     ("key", "values"),
     [
         ("name", {"name": "autoattack"}),
-        ("steps", {"steps": 0}),
-        ("restarts", {"restarts": 0}),
+        ("steps", {"steps": -1}),
+        ("restarts", {"restarts": -1}),
         ("steps", {"steps": 2.5}),
         ("steps of fgsm", {"name": "fgsm", "steps": 100}),
         ("restarts of fgsm", {"name": "fgsm", "restarts": 30}),
