@@ -47,8 +47,8 @@ def at_home(finished, tmp_path, monkeypatch):
 def test_a_command_works(at_home, command):
     name = command[0]
     # Whole runs are tested elsewhere, on small settings; here, that they would start.
-    trains = name in ("run", "harden")
-    more = ["--dry-run"] if trains and "--dry-run" not in command else []
+    long = name in ("run", "harden") or "--config" in command
+    more = ["--dry-run"] if long and "--dry-run" not in command else []
     sized = name in ("run", "harden", "stages", "evaluate") and "--config" not in command
     small = settings() if sized else []
     result = invoke(*command, *more, *small)
