@@ -27,7 +27,7 @@ from manifold_defense.evaluation.suite import ViewName
 from manifold_defense.hardening import OBJECTIVES, Objective, Pgd
 from manifold_defense.hardening.disturbance import Disturbance
 from manifold_defense.hardening.training import TrainingConfig
-from manifold_defense.projection import ProjectionConfig
+from manifold_defense.projection import PRESETS, ProjectionConfig
 from manifold_defense.types import Threat
 from pipelines.data import DataConfig
 
@@ -293,7 +293,7 @@ class Config:
     gan: GanConfig = field(default_factory=GanConfig)
     encoder: EncoderStageConfig = field(default_factory=EncoderStageConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
-    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+    projection: ProjectionConfig = PRESETS["robust"]
     project: ProjectStageConfig = field(default_factory=ProjectStageConfig)
     harden: Annotated[tuple[HardenConfig, ...], BeforeValidator(_one_or_more)] = (HardenConfig(),)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -148,7 +148,7 @@ def _baselines(context: Context, classifier: nn.Module, filter: ManifoldFilter |
             continue
         elif name == "nearest":
             defences.append(_preprocessed(name, NearestBank(_bank_images(filter)), classifier))
-        else:  # the encoder alone
+        elif filter.config != PRESETS["single_shot"]:  # the encoder alone, if the filter is not that
             defended = DefendedClassifier(filter.configured(PRESETS["single_shot"]), classifier)
             defences.append(Defence.filtered(name, defended))
     return defences
