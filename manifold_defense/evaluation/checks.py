@@ -370,6 +370,6 @@ def examine(
         if check in OF_THREAT:
             made = replace(made, norm=asked.threat.norm, eps=asked.threat.eps)
         found.append(made)
-    if left is not None and own.after is not None:
+    if left is not None and own.after is not None and len(own.after):
         keep(own.after)
     return found
