@@ -23,7 +23,7 @@ from manifold_defense.attacks.objective import evaluation_mode
 from manifold_defense.evaluation.checks import BALLS, CHECKS, OF_THREAT, convergence, examine
 from manifold_defense.evaluation.ledger import UNION, Ledger, Mode, Row
 from manifold_defense.evaluation.meter import COSTS
-from manifold_defense.evaluation.outcome import Compute, Outcome, in_batches, judged, run_job
+from manifold_defense.evaluation.outcome import Compute, Outcome, held, in_batches, judged, run_job
 from manifold_defense.evaluation.statistics import paired
 from manifold_defense.evaluation.subject import Check
 from manifold_defense.evaluation.suite import CHECKED, SPECS, AttackConfig, Defence, Job, jobs
@@ -186,6 +186,7 @@ def evaluate(
 
     def enter(job: Job, at: Tensor, x_adv: Tensor) -> None:
         """What a check broke is broken."""
+        x_adv = held(job, x[at], x_adv)
         outcome = judged(job, x[at], y[at], x_adv, seed, (0.0,) * len(COSTS))._replace(met=at)
         ledger.enter(job, outcome)
         outcomes.append((job, outcome))

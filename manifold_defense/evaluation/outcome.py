@@ -66,6 +66,12 @@ def attack_images(job: Job, x: Tensor, y: Tensor, seed: int, meter: Meter | None
     attack = job.attack.bind(job.threat, seed=seed, press=press, model=attacked, counted=counted)
     with seeded(attacked, 2 * seed):
         x_adv = attack(counted(attacked) if counted else attacked, x, y)
+    return held(job, x, x_adv)
+
+
+def held(job: Job, x: Tensor, x_adv: Tensor) -> Tensor:
+    """`x_adv` (N, C, H, W), what the job made of x; RuntimeError if it lies outside [0, 1] or the threat."""
+    assert job.threat is not None
     size = sizes(job.threat.norm, x_adv - x)
     rounding = 1e-4 * job.threat.eps + 1e-7 * x.shape[1:].numel() ** 0.5
     inside = (x_adv >= 0).all() and (x_adv <= 1).all() and (size <= job.threat.eps + rounding).all()
