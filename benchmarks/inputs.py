@@ -61,19 +61,22 @@ class _NamedFolderType(click.ParamType[tuple[str, Path]]):
         return name, Path(path)
 
 
+class _NewFileType(click.Path):
+    """A file to be written, whose folder must be there before hours are spent."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(str(super().convert(value, param, ctx)))
+        if not path.parent.is_dir():
+            self.fail(f"{path.parent}: no such folder", param, ctx)
+        return path
+
+
 THREAT, NAMED_FOLDER = _ThreatType(), _NamedFolderType()
+NEW_FILE = _NewFileType(dir_okay=False, writable=True, path_type=Path)
 
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--json FILE`; the file's folder must be there before hours are spent."""
-
-    def checked(_: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
-        if path is not None and not path.parent.is_dir():
-            raise click.BadParameter(f"{path.parent}: no such folder", param=option)
-        return path
-
-    kind = click.Path(dir_okay=False, writable=True, path_type=Path)
-    return click.option("--json", "output", type=kind, callback=checked, metavar="FILE")(command)
+    return click.option("--json", "output", type=NEW_FILE, metavar="FILE")(command)
 
 
 def data_options(default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

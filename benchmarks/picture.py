@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 import torch
-from inputs import THREAT, benchmark, data_options, folder, read_images
+from inputs import NEW_FILE, THREAT, benchmark, data_options, folder, read_images
 
 from manifold_defense import DefendedClassifier, Threat
 from manifold_defense.attacks import pgd
@@ -25,14 +25,14 @@ from pipelines.board import Strip, predictions, save_figure, strips
 @folder("--classifier", required=True)
 @data_options("mnist")
 @click.option("--threat", default="linf:0.3", show_default=True, type=THREAT)
-@click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--output", required=True, type=NEW_FILE, metavar="FILE")
 def main(
     filter_folder: Path, classifier: Path, data: str, settings: tuple[str, ...], threat: Threat, output: Path
 ) -> None:
     read = read_images(data, settings, 200)
     first = [int((read.y == label).nonzero()[0, 0]) for label in read.y.unique()]
     x, y = read.x[first], read.y[first]
-    bare, filter = read.classifier(classifier), read.filter(filter_folder)
+    filter, bare = read.filter(filter_folder), read.classifier(classifier)
     rows = [Strip("clean", x, predictions(bare, x))]
     for target, model in (("the classifier", bare), ("both", DefendedClassifier(filter, bare))):
         x_adv = pgd(model, x, y, norm=threat.norm, eps=threat.eps, steps=40, restarts=2, loss="both")

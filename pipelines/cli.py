@@ -74,12 +74,14 @@ def _load(config_file: Path | None, settings: tuple[str, ...], run_name: str | N
 
 def _refuse_threats_of_digits(config: Any, config_file: Path | None) -> None:
     """A radius that nobody chose for these images would say nothing of them."""
-    from pipelines.config import EvaluateConfig
+    from pipelines.config import Config
 
-    unchosen = config.evaluate.threats == EvaluateConfig().threats
-    if config_file is None and config.data.name != "digits" and unchosen:
+    default = Config()
+    unchosen = config.evaluate.threats == default.evaluate.threats
+    if config_file is None and config.data.name != default.data.name and unchosen:
+        radii = " and ".join(f"{threat.norm} {threat.eps:g}" for threat in default.evaluate.threats)
         raise click.UsageError(
-            f"evaluate.threats: L∞ 0.15 and L2 1 are meant for the digits; for {config.data.name} give a "
+            f"evaluate.threats: {radii} are meant for {default.data.name}; for {config.data.name} give a "
             "--config, such as those in configs/, or --set 'evaluate.threats=[{norm=\"linf\",eps=0.03}]'"
         )
 
@@ -314,17 +316,15 @@ def evaluate_command(
         )
     if data is not None:
         settings = (f"data.name={json.dumps(data)}", *settings)
-    if classifier is None:
-        config = _load(config_file, settings, run_name)
-        _refuse_threats_of_digits(config, config_file)
-        _stage_command("evaluate", config, force=force, remake=force, dry_run=dry_run)
-        return
-    # Quoted, as JSON and TOML do alike: a folder may be called 2024.
-    given = {"evaluate.classifier": classifier, "evaluate.filter": folder or ""}
-    settings = (*settings, *(f"{key}={json.dumps(value)}" for key, value in given.items()))
-    config = _load(config_file, settings, run_name or "own")
+    if classifier is not None:
+        # Quoted, as JSON and TOML do alike: a folder may be called 2024.
+        given = {"evaluate.classifier": classifier, "evaluate.filter": folder or ""}
+        settings = (*settings, *(f"{key}={json.dumps(value)}" for key, value in given.items()))
+        run_name = run_name or "own"
+    config = _load(config_file, settings, run_name)
     _refuse_threats_of_digits(config, config_file)
-    _stage_command("evaluate", config, force=True, remake=force, dry_run=dry_run)
+    anew = force or classifier is not None
+    _stage_command("evaluate", config, force=anew, remake=force, dry_run=dry_run)
 
 
 for _name, _summary in (

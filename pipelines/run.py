@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from rich.console import Console
 from pipelines.config import Config
 from pipelines.context import Context, Workshop, make_fabric
 from pipelines.own import load_own_classifier, load_own_filter
-from pipelines.stage import RUNS, Plan, StageError, StageFolder, Status, make_plans
+from pipelines.stage import RUNS, Plan, StageError, StageFolder, Status, make_plans, weights_of
 from pipelines.stages import STAGES
 
 
@@ -97,7 +97,7 @@ def run_stages(
     if not fabric.is_global_zero:
         console.quiet = True
     shop = Workshop(config, fabric, console)
-    _try_weights(shop, todo)
+    _try_weights(shop, (before[name][1] for name in todo))
     with _lock(RUNS / config.run, fabric.is_global_zero):
         for name in names:
             folder, plan, status = before[name]
@@ -110,15 +110,14 @@ def run_stages(
                 console.print(f"{name}: cached", highlight=False)
 
 
-def _try_weights(shop: Workshop, todo: Sequence[str]) -> None:
-    """Raise for a folder of weights that the settings name and these stages could not use."""
-    config, cpu = shop.config, torch.device("cpu")
-    filters = (("train-encoder", config.filter), ("evaluate", config.evaluate.filter))
-    starts = [variant.start for variant in config.harden if "/" in variant.start]
-    for folder in (folder for stage, folder in filters if folder and stage in todo):
-        load_own_filter(folder, shop.data.image_shape, cpu)
-    for folder in starts if "harden" in todo else ():
-        load_own_classifier(folder, shop.data, cpu)
+def _try_weights(shop: Workshop, plans: Iterable[Plan]) -> None:
+    """Raise for a folder of weights that a setting of these plans names and that does not fit the data."""
+    named = {key: folder for plan in plans for key, folder in weights_of(plan.config).items()}
+    for key, folder in named.items():
+        if key.endswith("filter"):
+            load_own_filter(folder, shop.data.image_shape, torch.device("cpu"))
+        else:
+            load_own_classifier(folder, shop.data, torch.device("cpu"))
 
 
 def _run_stage(

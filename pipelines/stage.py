@@ -105,13 +105,18 @@ def settings_of(config: Config, sections: Sequence[str], digest: str) -> dict[st
             # Where the data lies is no part of what they are.
             values.pop("data.root", None)
             values["data.digest"] = digest
-    for key in [key for key in values if _WEIGHTS.fullmatch(key) and values[key]]:
-        folder = Path(values[key])
+    for key, name in weights_of(values).items():
+        folder = Path(name)
         weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")])
-        if weights:  # and it is no name of a variant
-            content = b"".join(path.read_bytes() for path in weights)
-            values[f"{key}.digest"] = hashlib.sha256(content).hexdigest()[:16]
+        content = b"".join(path.read_bytes() for path in weights)
+        values[f"{key}.digest"] = hashlib.sha256(content).hexdigest()[:16]
     return values
+
+
+def weights_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """The settings, dotted key -> value, that name a folder of weights: not those that name a variant."""
+    named = {key: value for key, value in values.items() if _WEIGHTS.fullmatch(key) and value}
+    return {key: value for key, value in named.items() if not key.endswith("start") or "/" in value}
 
 
 def _flatten(prefix: str, value: Any) -> dict[str, Any]:

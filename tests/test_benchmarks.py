@@ -55,6 +55,7 @@ GIVEN: dict[str, tuple[object, ...]] = {
     "robustness": ("--filter", ZOO / "filter", "--classifier", f"plain={ZOO / 'undefended'}"),
     "hardening": ("--filter", ZOO / "filter", "--classifier", ZOO / "undefended"),
     "certification": ("--filter", ZOO / "filter", "--classifier", ZOO / "undefended"),
+    "picture": ("--filter", ZOO / "filter", "--classifier", ZOO / "undefended", "--output", "picture.png"),
     "second_opinion": ("--evaluation", ZOO, "--classifier", ZOO / "undefended"),
 }
 
@@ -67,7 +68,6 @@ GIVEN: dict[str, tuple[object, ...]] = {
         (("--filter", ROOT / "docs"), 1, "filter.json"),
         (("--set", "data.nmae=1"), 2, "data.nmae"),
         (("--data", "image_folder", "--set", "data.root=nowhere"), 1, "nowhere"),
-        (("--json", "nowhere/a.json"), 2, "nowhere: no such folder"),
         ((), 1, "the data have (1, 8, 8)"),
     ],
 )
@@ -77,6 +77,14 @@ def test_wrong_input_is_one_line(
     done = run(name, "--data", "digits", *GIVEN[name], *arguments)
     assert done.exit_code == code, done.output
     assert said in error_of(done)
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_result_that_could_not_be_written_is_refused_first(run: Callable[..., Result], name: str) -> None:
+    option = "--output" if name == "picture" else "--json"
+    done = run(name, *GIVEN[name], option, "nowhere/a.file")
+    assert done.exit_code == 2
+    assert "nowhere: no such folder" in error_of(done)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ from manifold_defense.types import Classifier
 _CLEAR = 1e-5
 # How sharply `smooth_gradient` tells the classes apart, over the spread of an image's logits.
 _SHARPNESS = 4.0
+# How far below the largest logit one is of a class that is switched off, over the distance of the middle one.
+_SWITCHED_OFF = 10.0
 # Of the way to the linearised boundary, what the first and the last pass of the refinement go.
 _DAMPING = (0.5, 0.05)
 # How far, as a share of δ, a refined image is put beyond the linearised boundary.
@@ -90,13 +92,13 @@ def smooth_gradient(model: Classifier, x: Tensor, y: Tensor, targeted: bool) -> 
 
     At s = 1 it points where cross-entropy does, which leads to nearer classes than the margin alone,
     but is no smaller where the model is confident. s follows the spread of each image's logits, so
-    that scaled or shifted logits give the same direction.
+    that scaled or shifted logits, or a class that is switched off, give the same direction.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
         logits = model(x)
-        centred = logits.to(x.dtype) - logits.detach().to(x.dtype).mean(1, keepdim=True)
-        spread = centred.detach().std(1)
+        centred = logits.to(x.dtype) - logits.detach().to(x.dtype).amax(1, keepdim=True)
+        spread = _spread(centred.detach())
         sharpness = _SHARPNESS / torch.where(spread > 0, spread, 1.0)
         others = (centred * sharpness.unsqueeze(1)).scatter(1, y.unsqueeze(1), -torch.inf)
         value = others.logsumexp(1) / sharpness - centred.gather(1, y.unsqueeze(1)).squeeze(1)
@@ -104,6 +106,17 @@ def smooth_gradient(model: Classifier, x: Tensor, y: Tensor, targeted: bool) -> 
     # A gradient that is not finite is no direction.
     gradient = gradient.nan_to_num(0, 0, 0)
     return logits.detach(), -gradient if targeted else gradient
+
+
+def _spread(logits: Tensor) -> Tensor:
+    """Standard deviation (N,) of logits (N, K) with a largest one of 0, but for classes switched off."""
+    classes = logits.shape[1]
+    middle = logits.sort(1, descending=True).values[:, [min(max(2, classes // 2), classes - 1)]]
+    alive = logits >= _SWITCHED_OFF * middle
+    count = alive.sum(1, keepdim=True)
+    mean = torch.where(alive, logits, 0).sum(1, keepdim=True) / count
+    deviation = torch.where(alive, logits - mean, 0)
+    return (deviation.square().sum(1) / (count.squeeze(1) - 1)).sqrt()
 
 
 def refine(model: Classifier, nearest: Nearest, passes: int) -> None:

@@ -252,7 +252,7 @@ def path(s: Subject) -> Check:
 
 
 def convergence(s: Subject) -> Check:
-    """Does a longer attack still break images that are said to be robust? What it makes of them is kept."""
+    """Does a longer attack still break images that are said to be robust?"""
     if s.left is None:
         alive = s.robust(s.adversarial("pgd"))
         x, y, share, most = s.x[alive], s.y[alive], share_of(alive), 3 * _TOLERANCE
@@ -282,7 +282,8 @@ def convergence(s: Subject) -> Check:
         # Chosen by some draws, judged by others; where all images share those, by so much they may err.
         score[at] = s.score(worst[at], y[at], s.seed + 2)
         most += (share * (1 - share) / s.defence.draws) ** 0.5 * 2
-    s.after = worst
+    if s.keep is not None and len(worst):
+        s.keep(worst)
     broken = max(int((before - score).sum().round()), 0)
     fall = share * float((before - score).sum() / before.sum().clamp(min=1))
     words = (
@@ -340,7 +341,7 @@ def examine(
     seed: int = 0,
     unused: Classifier | None = None,
     checks: _Checks = CHECKS,
-    keep: Callable[[Tensor], None] = lambda after: None,
+    keep: Callable[[Tensor], None] | None = None,
 ) -> list[Check]:
     """Checks of one defence on images (N, C, H, W) with labels (N,), some dozens.
 
@@ -350,7 +351,7 @@ def examine(
     `left` are images, labels and scores of those that an evaluation could not break, or some of them, and
     `left_share` the robust accuracy that it states; without, those are taken that PGD of `steps`
     leaves. Where `threat` is no L∞ or L2 ball, L∞ 0.1 stands in for it, but for what is `left`: whether a
-    longer attack breaks that is asked of every threat. `keep` is given what that attack made of them,
+    longer attack breaks that is asked of every threat. `keep` is given what that attack makes of them,
     (M, C, H, W), the clean images where it broke none. `unused` is a copy of the deployed model from
     before it was asked anything; without, nobody looks whether it remembers, and one that is the model
     itself says that it could not be copied.
@@ -361,8 +362,8 @@ def examine(
     if not right.any():
         return []
     x, y = x[right], y[right]
-    own = Subject(defence, threat, x, y, steps, seed, left, left_share, unused)
-    subject = own if threat.norm in BALLS else replace(own, threat=_STAND_IN, left=None, _kept={})
+    own = Subject(defence, threat, x, y, steps, seed, left, left_share, unused, keep)
+    subject = own if threat.norm in BALLS else replace(own, threat=_STAND_IN, left=None, keep=None, _kept={})
     found = []
     for check in checks:
         asked = own if check is convergence and left is not None else subject
@@ -370,6 +371,4 @@ def examine(
         if check in OF_THREAT:
             made = replace(made, norm=asked.threat.norm, eps=asked.threat.eps)
         found.append(made)
-    if left is not None and own.after is not None and len(own.after):
-        keep(own.after)
     return found

@@ -153,6 +153,10 @@ def evaluate(
     ledger, outcomes = Ledger(mode), list[tuple[Job, Outcome]]()
     total = len(todo) + len(pairs) + len(examined)
 
+    def enter(job: Job, outcome: Outcome) -> None:
+        ledger.enter(job, outcome)
+        outcomes.append((job, outcome))
+
     def meet(job: Job, met: Tensor, work: Callable[[Tensor, int], Outcome]) -> None:
         """Let the job meet the images `met` (M,), unless the store knows what comes of it."""
         outcome = store.get(job, met) if store is not None else None
@@ -165,8 +169,7 @@ def evaluate(
             outcome = outcome._replace(met=met)
             if store is not None:
                 store.put(job, outcome)
-        ledger.enter(job, outcome)
-        outcomes.append((job, outcome))
+        enter(job, outcome)
         on_progress(len(outcomes), total)
 
     for job in todo:
@@ -184,12 +187,10 @@ def evaluate(
 
         meet(job, torch.tensor(list(pool), dtype=torch.long), tried)
 
-    def enter(job: Job, at: Tensor, x_adv: Tensor) -> None:
+    def checked(job: Job, at: Tensor, x_adv: Tensor) -> None:
         """What a check broke is broken."""
         x_adv = held(job, x[at], x_adv)
-        outcome = judged(job, x[at], y[at], x_adv, seed, (0.0,) * len(COSTS))._replace(met=at)
-        ledger.enter(job, outcome)
-        outcomes.append((job, outcome))
+        enter(job, judged(job, x[at], y[at], x_adv, seed, (0.0,) * len(COSTS))._replace(met=at))
 
     found: list[Check] = []
     for done, (defence, threat) in enumerate(examined, 1):
@@ -207,7 +208,7 @@ def evaluate(
             seed=seed,
             unused=unused[defence.name],
             checks=CHECKS if threat is first else OF_THREAT if threat.norm in BALLS else (convergence,),
-            keep=partial(enter, Job(defence, None, CHECKED, threat), at),
+            keep=partial(checked, Job(defence, None, CHECKED, threat), at),
         )
         on_progress(len(todo) + len(pairs) + done, total)
     rows = [*ledger.rows, *ledger.worst_rows(defences)]
@@ -222,7 +223,6 @@ def evaluate(
     )
 
 
-@torch.no_grad()
 @torch.no_grad()
 def _ask(defence: Defence, x: Tensor, y: Tensor) -> None:
     """Raise ValueError for a model that cannot be evaluated on images x (N, C, H, W), labels y (N,)."""

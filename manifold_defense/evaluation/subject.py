@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -45,7 +46,7 @@ class Subject:
     `left` are images (M, C, H, W), labels (M,) and scores (M,) of what other attacks could not break, a
     sample of the share `left_share` of all; without, those are taken that `adversarial` leaves. `unused`
     is a copy of the deployed model that was never asked anything. Results of attacks are kept, since
-    several checks compare the same ones; `after` is what the last of them made of what was left.
+    several checks compare the same ones; `keep` is given what the last of them made of what was left.
     """
 
     defence: Defence
@@ -57,7 +58,7 @@ class Subject:
     left: tuple[Tensor, Tensor, Tensor] | None = None
     left_share: float = 1.0
     unused: Classifier | None = None
-    after: Tensor | None = field(default=None, init=False)
+    keep: Callable[[Tensor], None] | None = None
     _kept: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     def adversarial(self, attack: str = "pgd", view: str | None = None, scale: float = 1.0) -> Tensor:

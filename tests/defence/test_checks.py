@@ -119,6 +119,14 @@ def test_an_honest_model_passes(learned: Any) -> None:
     assert len({check.name for check in found}) == len(CHECKS)
 
 
+def test_a_class_that_is_switched_off_is_honest(learned: Any) -> None:
+    model, x, y = learned
+    off = Changed(model, after=lambda z: nn.functional.pad(z, (0, 1), value=-1e9))
+    unused = copy.deepcopy(off)
+    found = examine(Defence.bare("off", off), LINF, x, y, unused=unused)
+    assert [str(check) for check in found if not check.passed] == []
+
+
 def test_an_honest_filter_passes(learned: Any, linear: Any) -> None:
     model, x, y = learned
     config = ProjectionConfig("gd", "origin", steps=10, step_size=1.0)

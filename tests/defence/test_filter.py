@@ -103,8 +103,9 @@ def test_a_filter_of_less_strength_goes_part_of_the_way(networks: Any, view: Any
 
 
 def test_settings_of_a_filter_are_no_name(networks: Any) -> None:
+    name: Any = "fast"
     with pytest.raises(TypeError, match=r"expected a ProjectionConfig, such as PRESETS.* got 'fast'"):
-        ManifoldFilter(*networks).configured("fast")  # type: ignore[arg-type]
+        ManifoldFilter(*networks).configured(name)
 
 
 def test_a_filter_of_less_strength_runs_in_mixed_precision(networks: Any) -> None:

@@ -111,7 +111,7 @@ def test_every_attack_of_the_suite_runs_in_its_threats(name: Any, linear: Any, c
 def test_a_view_is_of_the_kind_of_its_model(linear: Any, classifier: nn.Module, kind: Any) -> None:
     """What a subclass answers is what is attacked, in every view, and the model stays as it is."""
 
-    class Louder(kind):  # type: ignore[misc]
+    class Louder(kind):
         def forward(self, x: Tensor) -> Tensor:
             return 3 * super().forward(x)
 
@@ -167,11 +167,10 @@ def test_an_attack_is_bound_to_its_threat(config: AttackConfig, keywords: dict[s
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_what_a_config_leaves_open_is_the_attack_s_own(name: str) -> None:
+def test_what_a_config_leaves_open_is_the_attack_s_own(name: Any) -> None:
     threat = Threat(SPECS[name].norms[0], 2)
-    assert AttackConfig(name).bind(threat, seed=0, press=False).keywords.keys() <= {  # type: ignore[arg-type, attr-defined]
-        *("norm", "eps", "seed", "target_classes")
-    }
+    bound: Any = AttackConfig(name).bind(threat, seed=0, press=False)
+    assert bound.keywords.keys() <= {"norm", "eps", "seed", "target_classes"}
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,19 @@
 import importlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from pipelines_support import invoke, rows, settings
 from safetensors.torch import load_file
 
+from manifold_defense import Threat
+from manifold_defense.evaluation import AttackConfig, Defence
+from manifold_defense.evaluation.outcome import Job, Outcome
 from pipelines.context import Context, InterruptionError
 from pipelines.stages import STAGES
+from pipelines.stages.evaluate import _Store
 
 
 @pytest.mark.parametrize("stage", ["train-gan", "train-encoder", "harden"])
@@ -78,6 +83,29 @@ def test_an_interrupted_evaluation_keeps_finished_jobs(run_folder, monkeypatch):
         assert invoke("evaluate", *settings()).exit_code == 0
     assert set(again) & set(done) == {done[1]}
     assert rows(run_folder) == expected
+
+
+def test_processes_that_see_other_files_agree_on_what_is_done(tmp_path):
+    """The first one's files count: what another finds, or does not, would leave one of them waiting."""
+    job = Job(Defence.bare("a", torch.nn.Identity()), None, AttackConfig("pgd"), Threat("linf", 0.1))
+    met = torch.arange(3)
+    outcome = Outcome(*(torch.zeros(3) for _ in Outcome._fields))._replace(met=met)
+    told = []
+
+    def process(folder, rank, broadcast):
+        return _Store(folder, SimpleNamespace(is_global_zero=rank == 0, broadcast=broadcast), "digest")
+
+    first = process(tmp_path / "first", 0, lambda value: (told.append(value), value)[1])
+    first.put(job, outcome)
+    assert first.get(job, met).met.equal(met)
+    assert first.get(job, met + 1) is None  # of other images
+    second = process(tmp_path / "second", 1, lambda value: told.pop(0))
+    second.put(job, outcome)
+    assert not (tmp_path / "second").exists()
+    assert second.get(job, met).met.equal(met)
+    blind = process(tmp_path / "first", 1, lambda value: told.pop(0))
+    assert blind.get(job, met) is None  # though the file lies there
+    assert told == []
 
 
 def test_unfinished_work_of_other_settings_is_not_thrown_away(run_folder):

@@ -208,7 +208,7 @@ def test_two_commands_do_not_work_on_one_run(run_folder):
         ),
         (["filter", "a.png", "b.png", "--filter", "x", "--run", "y"], 2, "give one of them"),
         (["train-gan", "--set", "data.name=image_folder", "--set", "data.root=nowhere"], 1, "nowhere"),
-        (["run", "--set", "data.name=mnist"], 2, "L∞ 0.15 and L2 1 are meant for the digits; for mnist give"),
+        (["run", "--set", "data.name=mnist"], 2, "linf 0.15 and l2 1 are meant for digits; for mnist give"),
         (["run", "evaluate", "--set", "data.name=mnist"], 2, "evaluate.threats"),
         (["evaluate", "--set", "data.name=mnist"], 2, "evaluate.threats"),
         (["evaluate", "--classifier", "mine:classifier", "--data", "mnist"], 2, "evaluate.threats"),
