@@ -247,6 +247,7 @@ class EvaluateConfig:
         AttackConfig("apgd", steps=100, views=("exact",)),
         AttackConfig("apgd", steps=40, loss="dlr", views=("exact",)),
         AttackConfig("window_pgd", steps=20, restarts=4, views=("exact",)),
+        AttackConfig("fab", steps=50, targets=4, views=("exact",)),
         AttackConfig("fmn", steps=30, views=("exact",)),
         AttackConfig("range", steps=20),
         AttackConfig("detector_aware", steps=20, restarts=8, views=("exact",)),

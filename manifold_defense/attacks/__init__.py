@@ -10,6 +10,7 @@ from manifold_defense.attacks.ddn import ddn
 from manifold_defense.attacks.deepfool import deepfool
 from manifold_defense.attacks.detector_aware import detector_aware
 from manifold_defense.attacks.eot import Expectation, mean_over_draws
+from manifold_defense.attacks.fab import fab
 from manifold_defense.attacks.feature_matching import feature_matching
 from manifold_defense.attacks.fmn import fmn
 from manifold_defense.attacks.hop_skip_jump import hop_skip_jump
@@ -37,6 +38,7 @@ __all__ = [
     "ddn",
     "deepfool",
     "detector_aware",
+    "fab",
     "feature_matching",
     "fgsm",
     "fmn",

@@ -14,6 +14,7 @@ from manifold_defense.attacks.objective import (
     attack_loss,
     clearly,
     evaluation_mode,
+    likely_wrong,
     logits_and_gradient,
     margins,
     towards,
@@ -62,7 +63,7 @@ def apgd(
             logits = model(x)
         best_margin = margins(logits, y, targeted).to(x.dtype)
         found = clearly(best_margin, logits)
-        runs: Sequence[Tensor | None] = _likely_wrong(logits, y, target_classes) or [None]
+        runs: Sequence[Tensor | None] = likely_wrong(logits, y, target_classes) or [None]
         for _ in range(restarts):
             for target in runs:
                 start = x + shape.sample(x, eps, rng) if random_start else x
@@ -76,12 +77,6 @@ def apgd(
                 best_margin[active[better]] = margin[better]
                 found[active] |= over
     return best
-
-
-def _likely_wrong(logits: Tensor, y: Tensor, count: int) -> list[Tensor]:
-    """The `count` likeliest classes (N,) of logits (N, K) that are not y, as many as there are."""
-    wrong = logits.scatter(1, y.unsqueeze(1), -torch.inf).argsort(dim=1, descending=True)
-    return list(wrong[:, : min(count, logits.shape[1] - 1)].unbind(1))
 
 
 def _checkpoints(steps: int) -> set[int]:

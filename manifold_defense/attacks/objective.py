@@ -98,6 +98,12 @@ def contested(logits: Tensor) -> Tensor:
     return logits.nan_to_num(0, 0, 0).topk(2, dim=1).values.abs().amax(1)
 
 
+def likely_wrong(logits: Tensor, y: Tensor, count: int) -> list[Tensor]:
+    """The `count` likeliest classes (N,) of logits (N, K) that are not y, as many as there are."""
+    wrong = logits.scatter(1, y.unsqueeze(1), -torch.inf).argsort(dim=1, descending=True)
+    return list(wrong[:, : min(count, logits.shape[1] - 1)].unbind(1))
+
+
 def input_gradient(value: Tensor, x: Tensor, *, retain_graph: bool = False) -> Tensor:
     """`∂ Σ value / ∂x`; zero where no graph leads from x to it: a model that hides its gradient."""
     if not value.requires_grad:

@@ -31,6 +31,7 @@ _IN_BALL = (
     AttackConfig("apgd", 100),
     AttackConfig("apgd", 100, loss="dlr"),
     AttackConfig("window_pgd", 20, 3),
+    AttackConfig("fab", 50, 2, targets=3),
 )
 _BY_LABELS = AttackConfig("hop_skip_jump", 2500)
 _LAST: Mapping[Norm, tuple[AttackConfig, ...]] = {

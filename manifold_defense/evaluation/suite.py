@@ -25,6 +25,7 @@ AttackName = Literal[
     "cw",
     "ddn",
     "fmn",
+    "fab",
     "deepfool",
     "jsma",
     "pgd_l0",
@@ -127,6 +128,7 @@ SPECS: dict[str, Spec] = {
     "ddn": Spec(attacks.ddn, ("l2",), pressing={}),
     "fmn": Spec(attacks.fmn, (*_BALLS, "l0"), pressing={}),
     "deepfool": Spec(attacks.deepfool, _BOTH, pressing={}),
+    "fab": Spec(attacks.fab, _BALLS, restarts="restarts", targets="target_classes", pressing={}),
     "jsma": Spec(attacks.jsma, ("l0",), None, pressing={}),
     "pgd_l0": Spec(attacks.pgd_l0, ("l0",), restarts="restarts", losses=_TWO_LOSSES),
     "patch": Spec(attacks.patch, ("patch",), restarts="restarts", losses=_TWO_LOSSES),
@@ -152,7 +154,7 @@ class AttackConfig:
     restarts   of those that have some; for cw the searches on its constant (0: the attack's own number)
     loss       that is climbed: ce, margin, dlr, or both, which is ce and margin by turns, a restart
                each
-    targets    of apgd: how many of the most likely wrong classes are aimed at, each in a run of its
+    targets    of apgd and fab: how many of the most likely wrong classes are aimed at, each in a run of its
                own (0: none, the attack is untargeted)
     views      in which a filter is attacked: through a gradient of its own (see `ManifoldFilter`;
                those that it does not have are passed over, unless it has none of those named: then all

@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import linprog, minimize
 from torch import Tensor, nn
 
-from manifold_defense.attacks import cw, ddn, deepfool, fmn, geometry, jsma, pgd
+from manifold_defense.attacks import cw, ddn, deepfool, fab, fmn, geometry, jsma, pgd
 from manifold_defense.attacks.fmn import _project
 from manifold_defense.attacks.halfspace import NORMS, nearest_in_halfspace
 from manifold_defense.attacks.minimum_norm import Nearest, refine, smooth_gradient
@@ -30,6 +30,9 @@ ATTACKS = {
     "fmn-linf": (partial(fmn, norm="linf"), "linf"),
     "deepfool-l2": (partial(deepfool, norm="l2"), "l2"),
     "deepfool-linf": (partial(deepfool, norm="linf"), "linf"),
+    "fab-l1": (partial(fab, norm="l1"), "l1"),
+    "fab-l2": (partial(fab, norm="l2"), "l2"),
+    "fab-linf": (partial(fab, norm="linf"), "linf"),
     "jsma": (partial(jsma, eps=64), "l0"),
     "jsma-single": (partial(jsma, eps=64, pairs=False), "l0"),
 }
@@ -400,12 +403,46 @@ def test_nearest_in_l2_first_and_every_norm_best_in_its_own() -> None:
     assert size["linf"]["fmn-linf"] <= 1.005 * size["linf"]["deepfool-linf"]
 
 
-@pytest.mark.parametrize("name", ["ddn", "fmn-l2", "fmn-linf", "deepfool-l2", "deepfool-linf"])
+@pytest.mark.parametrize(
+    "name", ["ddn", "fmn-l2", "fmn-linf", "fab-l2", "fab-linf", "deepfool-l2", "deepfool-linf"]
+)
 def test_every_class_is_a_target(name: str) -> None:
     attack, _ = ATTACKS[name]
     model, x = network(3), images().repeat(3, 1, 1, 1)
     y = torch.arange(3).repeat_interleave(12)
     assert torch.equal(logits_of(model, attack(model, x, y, targeted=True)).argmax(1), y)
+
+
+def forked(x: Tensor) -> Tensor:
+    """Class 1 comes second near x = ½, where no pixel makes it first; class 2 is first from 0.45 off on."""
+    second = 1.9 + 0.01 * (x[:, 0, 0, 0] - 0.5)
+    return torch.stack([torch.full_like(second, 2.0), second, 0.2 + 4 * (x[:, 0, 1, 1] - 0.5)], 1)
+
+
+def test_fab_tries_the_class_that_does_not_come_second() -> None:
+    x, y = torch.full((3, 1, 8, 8), 0.5), torch.zeros(3, dtype=torch.long)
+    assert torch.equal(fab(forked, x, y, norm="l2", eps=0.5), x)
+    x_adv = fab(forked, x, y, norm="l2", eps=0.5, target_classes=2)
+    assert (forked(x_adv).argmax(1) == 2).all()
+    assert (sizes("l2", fab(forked, x, y, norm="l2", target_classes=2) - x) < 0.452).all()
+
+
+def test_fab_costs_a_pass_a_step_and_more_of_it_is_no_farther() -> None:
+    model, x = network(4).eval(), images(6)
+    y, asked = logits_of(model, x).argmax(1), []
+
+    def counted(x: Tensor) -> Tensor:
+        asked.append(x.requires_grad)
+        return model(x)
+
+    found = [sizes("l2", fab(counted, x, y, norm="l2", steps=30) - x)]
+    assert sum(asked) == 30 + 9  # 0.3 of them refine
+    assert len(asked) - sum(asked) == 3  # two looks at the clean images, one at those refined
+    for more in ({"target_classes": 3}, {"restarts": 3, "target_classes": 3}):
+        found.append(sizes("l2", fab(model, x, y, norm="l2", steps=30, **more) - x))
+    for few, many in zip(found, found[1:], strict=False):
+        assert (many <= 1.01 * few).all()
+        assert many.sum() <= few.sum()
 
 
 # --- Arguments ---
@@ -416,11 +453,14 @@ def test_every_class_is_a_target(name: str) -> None:
     [
         (ddn, {"norm": "linf"}, "expected norm l2, got 'linf'"),
         (fmn, {"norm": "patch"}, "^norm: expected one of l0, l1, l2, linf, got 'patch'"),
+        (fab, {"norm": "patch"}, "^norm: expected one of linf, l2, l1, got 'patch'"),
+        (fab, {"restarts": 0}, "restarts ≥ 1"),
+        (fab, {"target_classes": 2, "targeted": True}, "^target_classes: expected 0"),
         (deepfool, {"norm": "l1"}, "^norm: expected one of l2, linf, got 'l1'"),
         (jsma, {"norm": "l2"}, "expected norm l0, got 'l2'"),
-        *((attack, {"eps": -1.0}, "eps ≥ 0") for attack in (ddn, fmn, deepfool, jsma)),
-        *((attack, {"eps": float("nan")}, "eps ≥ 0") for attack in (ddn, fmn, deepfool, jsma)),
-        *((attack, {"steps": 0}, "steps ≥ 1") for attack in (ddn, fmn, deepfool)),
+        *((attack, {"eps": -1.0}, "eps ≥ 0") for attack in (ddn, fmn, fab, deepfool, jsma)),
+        *((attack, {"eps": float("nan")}, "eps ≥ 0") for attack in (ddn, fmn, fab, deepfool, jsma)),
+        *((attack, {"steps": 0}, "steps ≥ 1") for attack in (ddn, fmn, fab, deepfool)),
         (ddn, {"gamma": 1.0}, "gamma between 0 and 1"),
         (ddn, {"initial_size": 0.0}, "initial_size > 0"),
         (fmn, {"gamma": (0.01, 0.05)}, "gamma: expected two shares that fall"),

@@ -157,13 +157,14 @@ def test_an_attack_is_for_its_threats_alone() -> None:
             AttackConfig("apgd", 7, loss="dlr", targets=3),
             {"steps": 7, "loss": "dlr", "target_classes": 3},
         ),
+        (AttackConfig("fab", targets=9), {"target_classes": 9}),
     ],
 )
 def test_an_attack_is_bound_to_its_threat(config: AttackConfig, keywords: dict[str, Any]) -> None:
     bound: Any = config.bind(L2, seed=5, press=False)
     assert bound.keywords == {"norm": "l2", "eps": 0.5, "seed": 5, **keywords}
     pressing: Any = config.bind(L2, seed=5, press=True)
-    assert pressing.keywords.get("stop_early", True) == (config.name == "noise")
+    assert pressing.keywords.get("stop_early", True) == (not SPECS[config.name].pressing)
 
 
 @pytest.mark.parametrize("name", SPECS)
