@@ -12,6 +12,7 @@ the JSON, those of the other below `standard`. A peer that is not installed is l
     pgd40     PGD of 40 gradient passes at L∞ 0.15, steps of 2.5 eps / 40 (ours: from eps falling to 0)
     apgd40    APGD of 40 passes on cross-entropy; apgd40_dlr: on the logits' ratio
     ddn100    DDN and FMN of 100 passes: median L2 distance over all images
+    fab900    FAB towards nine classes, 100 passes each, at L∞ 0.15 (torchattacks' port)
     cw300     C&W of 300 passes, searches on the constant included: likewise
     suite     everything at L∞ 0.15, each attack on what those before it left, against AutoAttack: of the
               published 100 steps by torchattacks' port (`autoattack`) and by its authors' package, and
@@ -52,6 +53,7 @@ from manifold_defense import load_classifier
 from manifold_defense.attacks import cw, pgd
 from manifold_defense.attacks.apgd import apgd
 from manifold_defense.attacks.ddn import ddn
+from manifold_defense.attacks.fab import fab
 from manifold_defense.attacks.fmn import fmn
 from manifold_defense.attacks.norms import geometry
 from manifold_defense.attacks.objective import correct
@@ -131,6 +133,7 @@ def our_suite(seed: int) -> list[Attack]:
         partial(pgd, **bound, steps=40, restarts=2, loss="both"),
         partial(apgd, **bound, steps=100, loss="ce"),
         partial(apgd, **bound, steps=100, loss="dlr", target_classes=9),
+        partial(fab, **bound, steps=100, target_classes=4),
         partial(fmn, **bound, steps=100),
         partial(square, **bound, steps=5000),
     ]
@@ -194,6 +197,18 @@ def ddn100(peers: dict[str, ModuleType]) -> Contenders:
         # Its projection in L2 (3.3.4) divides a norm by itself and so does nothing: small steps serve
         # it best, and its distance says nothing about FMN.
         contenders["foolbox_fmn"] = lambda _: of_foolbox(attacks.L2FMNAttack(steps=100, max_stepsize=0.03))
+    return contenders
+
+
+def fab900(peers: dict[str, ModuleType]) -> Contenders:
+    contenders: Contenders = {
+        "ours": lambda seed: partial(fab, eps=EPS, steps=100, target_classes=9, seed=seed)
+    }
+    if "torchattacks" in peers:
+        kind = peers["torchattacks"].FAB
+        contenders["torchattacks"] = lambda seed: of_torchattacks(
+            kind, norm="Linf", eps=EPS, steps=100, n_restarts=1, multi_targeted=True, n_classes=10, seed=seed
+        )
     return contenders
 
 
@@ -343,6 +358,7 @@ def main(images: int, seed: int, repeats: int, output: Path | None) -> None:
         "apgd40": (apgd40(peers, "ce"), False),
         "apgd40_dlr": (apgd40(peers, "dlr"), False),
         "ddn100": (ddn100(peers), True),
+        "fab900": (fab900(peers), False),
         "cw300": (cw300(peers), True),
         "suite": (suite(peers), False),
     }

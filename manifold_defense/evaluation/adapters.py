@@ -39,7 +39,9 @@ class _Peer(nn.Module):
         self.model = copy.deepcopy(model)
         # Peers look for the device at the first parameter, and not every model has one.
         tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-        self.place = nn.Parameter(torch.empty(0, device=tensors[0].device if tensors else None))
+        device = tensors[0].device if tensors else None
+        kind = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+        self.place = nn.Parameter(torch.empty(0, device=device, dtype=kind))
         self.requires_grad_(False)
         super().train(False)
 
@@ -50,7 +52,8 @@ class _Peer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Tanh space and sums of projections end a rounding error outside, which a filter refuses. The
         # gradient is that of the identity: `clamp` may have none at exactly 0 and 1, where many pixels
-        # are, and would mask the model from every peer.
+        # are, and would mask the model from every peer. NumPy turns images into double precision unasked.
+        x = x.to(self.place.dtype)
         logits: Tensor = self.model(x + (x.clamp(0, 1) - x).detach())
         return logits
 

@@ -105,6 +105,17 @@ def test_the_copy_takes_images_a_rounding_error_outside(defended: DefendedClassi
     torch.testing.assert_close(_Peer(defended)(outside), logits_of(defended, x), atol=1e-4, rtol=1e-4)
 
 
+def test_the_copy_takes_the_double_precision_of_numpy(defended: DefendedClassifier) -> None:
+    x, y = labelled(defended)
+    with pytest.raises(ValueError, match="float64"):
+        defended(x.double())
+    peer = _Peer(defended)
+    assert torch.equal(peer(x.double()), peer(x))
+    double = x.double().requires_grad_(True)
+    (slope,) = torch.autograd.grad(peer(double).gather(1, y.unsqueeze(1)).sum(), double)
+    assert slope.abs().sum() > 0
+
+
 def test_the_copy_is_frozen_and_on_its_own(defended: DefendedClassifier, untouched: None) -> None:
     x, _ = labelled(defended)
     peer = _Peer(defended)

@@ -5,7 +5,7 @@ solution of a linear or convex program, and in L0 the fewest pixels that togethe
 """
 
 from functools import partial
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -440,7 +440,7 @@ def test_fab_costs_a_pass_a_step_and_more_of_it_is_no_farther() -> None:
     assert len(asked) - sum(asked) == 3  # two looks at the clean images, one at those refined
     for more in ({"target_classes": 3}, {"restarts": 3, "target_classes": 3}):
         found.append(sizes("l2", fab(model, x, y, norm="l2", steps=30, **more) - x))
-    for few, many in zip(found, found[1:], strict=False):
+    for few, many in pairwise(found):
         assert (many <= 1.01 * few).all()
         assert many.sum() <= few.sum()
 
