@@ -71,7 +71,7 @@ def fab(
 
 
 def _around(nearest: Nearest, drawn: Tensor) -> Tensor:
-    """Images (N, C, H, W) off the clean ones by `drawn`, of length 1 at most, times half the distance found."""
+    """Images (N, C, H, W) off the clean ones by `drawn`, of length ≤ 1, times half the distance found."""
     reach = nearest.size.clamp(max=nearest.eps).nan_to_num(posinf=1.0)
     return (nearest.clean + column(reach / 2, drawn) * drawn).clamp(0, 1)
 
