@@ -7,7 +7,7 @@ from torch import Tensor
 
 from manifold_defense.attacks import fab
 from manifold_defense.attacks.norms import sizes
-from tests.defence.attack_table import images, logits_of, network
+from tests.defence.attack_table import GREY, Linear, images, logits_of, network
 
 
 def forked(x: Tensor) -> Tensor:
@@ -40,3 +40,17 @@ def test_fab_costs_a_pass_a_step_and_more_of_it_is_no_farther() -> None:
     for few, many in pairwise(found):
         assert (many <= 1.01 * few).all()
         assert many.sum() <= few.sum()
+
+
+def test_a_column_whose_gradient_is_nan_is_left_alone() -> None:
+    model, y = Linear(m=2.0), torch.ones(3, dtype=torch.long)
+
+    def broken(x: Tensor) -> Tensor:
+        x = x * 1
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradient.index_fill(3, torch.tensor(0), torch.nan))
+        return model(x)
+
+    x_adv = fab(broken, GREY, y, norm="l2", eps=0.6)
+    assert (model(x_adv).argmax(1) == 0).all()
+    torch.testing.assert_close(x_adv[..., 0], GREY[..., 0])  # up to rounding
