@@ -54,3 +54,17 @@ def test_a_column_whose_gradient_is_nan_is_left_alone() -> None:
     x_adv = fab(broken, GREY, y, norm="l2", eps=0.6)
     assert (model(x_adv).argmax(1) == 0).all()
     torch.testing.assert_close(x_adv[..., 0], GREY[..., 0])  # up to rounding
+
+
+def test_once_across_a_plane_every_iterate_lies_across_it() -> None:
+    """The plane is that of the point stepped back to, not of the one that the gradient was taken at."""
+    model, y, across = Linear(m=2.0), torch.ones(3, dtype=torch.long), []
+
+    def watched(x: Tensor) -> Tensor:
+        logits = model(x)
+        if x.requires_grad:
+            across.append((logits.argmax(1) != y).tolist())
+        return logits
+
+    fab(watched, GREY, y, norm="l2", eps=float("inf"), steps=3)  # too few to refine
+    assert across == [[False] * 3, [True] * 3, [True] * 3]
