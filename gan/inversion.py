@@ -18,19 +18,21 @@ from gan.networks import Encoder, Generator
 from gan.optimisation import Batches, Record, State, cosine, descend
 from gan.sampling import step_rng
 
-# Images (N, C, H, W) to `‖G(E(x')) − x‖²` of each, (N,).
+# Images x' (N, C, H, W) to the loss of each, (N,).
 Errors = Callable[[Tensor], Tensor]
 # Errors, images x, the step, the share of the training that is over, and what to draw from: to images x'.
 Disturb = Callable[[Errors, Tensor, int, float, torch.Generator], Tensor]
+# Images x to a function of drawings of them, (N, C, H, W) both: how far each means something else, (N,).
+Agree = Callable[[Tensor], Callable[[Tensor], Tensor]]
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
     """Training of the encoder; `images` counts real images seen (0: it stays as it is).
 
-    The loss is `‖G(E(x')) − x‖²` on data, x' being x or what a disturbance makes of it, plus
-    `latent_weight · ‖E(G(z)) − z‖²` on samples. `clean_share` is the weight of the loss at x beside that
-    at x'.
+    The loss is `‖G(E(x')) − x‖² + agreement_weight · KL(f(x) ‖ f(G(E(x'))))` on data, x' being x or what a
+    disturbance makes of it and f the answers of a classifier, plus `latent_weight · ‖E(G(z)) − z‖²` on
+    samples. `clean_share` is the weight of the loss at x beside that at x'.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
@@ -41,6 +43,7 @@ class EncoderConfig:
     latent_weight: float = 0.02
     average_half_life: int = 5_000
     clean_share: float = 0.0
+    agreement_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.clean_share <= 1:
@@ -50,8 +53,9 @@ class EncoderConfig:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"lr: expected above 0, got {self.lr}")
-        if not self.latent_weight >= 0:
-            raise ValueError(f"latent_weight: expected at least 0, got {self.latent_weight}")
+        for name in ("latent_weight", "agreement_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
 
 
 def encoder_state(fabric: Fabric, encoder: Encoder, config: EncoderConfig) -> State:
@@ -76,32 +80,33 @@ def train_encoder(
     seed: int,
     *,
     disturb: Disturb | None = None,
+    agree: Agree | None = None,
 ) -> Iterator[Record]:
     """Train `state["encoder"]` in place until `config.images` have been seen, yielding after every step.
 
-    The encoder sees what `disturb` makes of the images, and is to draw what they were; None: nothing.
+    The encoder sees what `disturb` makes of the images, and is to draw what they were; None: nothing. With
+    an `agreement_weight` the drawings are to mean to `agree` what the images mean to it, under attack too.
     """
+    if (agree is None) != (config.agreement_weight == 0):
+        raise ValueError("agree: expected if and only if agreement_weight is above 0")
     encoder: nn.Module = state["encoder"]
     generator.requires_grad_(False)
     while state["images"] < config.images:
         rng = step_rng(seed, state["step"], fabric.global_rank)
         real = batches(state["step"])
+        errors = _Loss(encoder, generator, real, agree, config.agreement_weight)
         disturbed = real
         if disturb is not None:
-
-            def errors(at: Tensor, real: Tensor = real) -> Tensor:
-                error: Tensor = (generator(encoder(at)) - real).square().flatten(1).sum(1)
-                return error
-
             disturbed = disturb(errors, real, state["step"], state["images"] / config.images, rng)
         with fabric.autocast():
-            reconstruction = (generator(encoder(disturbed)) - real).square().flatten(1)
+            squared, apart = errors.parts(disturbed)
             if disturb is not None and config.clean_share > 0:
-                clean = (generator(encoder(real)) - real).square().flatten(1)
-                reconstruction = (1 - config.clean_share) * reconstruction + config.clean_share * clean
+                squared_clean, apart_clean = errors.parts(real)
+                squared = squared.lerp(squared_clean, config.clean_share)
+                apart = apart.lerp(apart_clean, config.clean_share)
             z = torch.randn(len(real), generator.latent_dim, generator=rng).to(real)
             inversion = (encoder(generator(z)) - z).square().sum(1).mean()
-            loss = reconstruction.sum(1).mean() + config.latent_weight * inversion
+            loss = (squared + config.agreement_weight * apart).mean() + config.latent_weight * inversion
         descend(fabric, state["optimizer"], loss, cosine(config.lr, state["images"], config.images))
 
         batch = config.batch_size * fabric.world_size
@@ -110,5 +115,29 @@ def train_encoder(
         update_average(state["encoder_average"], encoder, batch, state["images"], config.average_half_life)
         yield Record(
             state["images"],
-            {"reconstruction_error": reconstruction.detach().mean(), "latent_error": inversion.detach()},
+            {
+                "reconstruction_error": squared.detach().mean() / real[0].numel(),
+                "latent_error": inversion.detach(),
+                **({} if agree is None else {"disagreement": apart.detach().mean()}),
+            },
         )
+
+
+class _Loss:
+    """The loss of images x' (N, C, H, W) as images of what `real` are."""
+
+    def __init__(
+        self, encoder: nn.Module, generator: Generator, real: Tensor, agree: Agree | None, weight: float
+    ) -> None:
+        self._encoder, self._generator, self._real, self._weight = encoder, generator, real, weight
+        self._apart = None if agree is None else agree(real)
+
+    def parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared error summed over pixels, and disagreement, (N,) each."""
+        drawings = self._generator(self._encoder(images))
+        squared = (drawings - self._real).square().flatten(1).sum(1)
+        return squared, torch.zeros_like(squared) if self._apart is None else self._apart(drawings)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        squared, apart = self.parts(images)
+        return squared + self._weight * apart

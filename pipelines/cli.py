@@ -329,8 +329,8 @@ def evaluate_command(
 
 for _name, _summary in (
     ("train-gan", "train generator, critic and joint encoder"),
-    ("train-encoder", "fit the encoder to the finished generator"),
     ("train-classifier", "train the classifier on clean images"),
+    ("train-encoder", "fit the encoder to the finished generator"),
     ("project", "project test images and measure the generator"),
     ("harden", "train the classifier adversarially"),
     ("certify", "prove what can be proved, and attack the proofs"),

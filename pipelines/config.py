@@ -53,12 +53,21 @@ class FabricConfig:
 
 @dataclass(frozen=True)
 class EncoderStageConfig(EncoderConfig):
-    """The training of the encoder, and what its images suffer in it."""
+    """The training of the encoder, and what its images suffer in it.
 
+    `classifier`: whose answers the drawings are to keep, with an `agreement_weight`; a folder, or "" for
+    that of stage train-classifier.
+    """
+
+    classifier: str = ""
     disturbance: Disturbance = field(default_factory=Disturbance)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.classifier and not self.agreement_weight:
+            raise ValueError(
+                f"classifier: expected none without an agreement_weight, got {self.classifier!r}"
+            )
         if self.disturbance.pieces and self.batch_size < 2:
             raise ValueError(
                 f"disturbance.pieces: expected 0 in a batch of one image, got {self.disturbance.pieces}"
@@ -333,9 +342,16 @@ def load_config(file: Path | None = None, settings: Iterable[str] = (), run: str
             raise ConfigError(f"{file}: not TOML: {error}") from None
         _validate(values, str(file))
     values.setdefault("harden", [{"name": HardenConfig.name}])  # settings may call the default by its name
+    fault: ConfigError | None = None
     for setting in settings:
         _apply(values, setting)
-        _validate(values, f"--set {setting}")
+        try:
+            _validate(values, f"--set {setting}")
+            fault = None
+        except ConfigError as error:
+            fault = fault or error  # a later setting may be what this one lacks
+    if fault is not None:
+        raise fault
     if run is not None:
         values["run"] = run
     return _validate(values, f"--run {run}" if run is not None else "defaults")

@@ -7,6 +7,12 @@ from pipelines.stage import Stage
 from pipelines.stages import certify, classifiers, evaluate, export, project, report, train_encoder, train_gan
 
 
+def _encoder_inputs(config: Config) -> tuple[str, ...]:
+    """Without a finished filter its own GAN; the classifier only where drawings are to agree with it."""
+    judged = config.encoder.agreement_weight and not config.encoder.classifier
+    return (*(() if config.filter else ("train-gan",)), *(("train-classifier",) if judged else ()))
+
+
 def _harden_inputs(config: Config) -> tuple[str, ...]:
     """Only training on the manifold, or behind the filter, needs it."""
     needed = any(variant.needs_filter for variant in config.harden)
@@ -33,20 +39,20 @@ _ALL = (
         train_gan.run,
     ),
     Stage(
-        "train-encoder",
-        1,
-        "encoder of the finished generator",
-        ("seed", "filter", "data", "encoder"),
-        lambda config: () if config.filter else ("train-gan",),
-        train_encoder.run,
-    ),
-    Stage(
         "train-classifier",
         2,
         "classifier on clean images",
         ("seed", "data", "classifier"),
         lambda config: (),
         classifiers.train,
+    ),
+    Stage(
+        "train-encoder",
+        1,
+        "encoder of the finished generator",
+        ("seed", "filter", "data", "encoder"),
+        _encoder_inputs,
+        train_encoder.run,
     ),
     Stage(
         "project",

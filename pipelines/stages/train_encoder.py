@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from gan.inversion import encoder_state, train_encoder
+from gan.inversion import Agree, encoder_state, train_encoder
 from gan.networks import Encoder, Generator
 from gan.optimisation import seeded
-from manifold_defense.artifact import load_gan, save_gan
+from manifold_defense.artifact import load_classifier, load_gan, save_gan
+from manifold_defense.hardening.agreement import Agreement
 from pipelines.board import grid
 from pipelines.context import Context
-from pipelines.own import load_own_filter
+from pipelines.own import load_own_classifier, load_own_filter
 from pipelines.stage import StageError
 
 
@@ -42,12 +43,24 @@ def run(context: Context) -> dict[str, Any]:
         context.board.add_scalar("test_reconstruction_error", float(error), images)
 
     batches = context.image_batches(config.batch_size)
-    loop = train_encoder(fabric, state, generator, batches, config, seed, disturb=config.disturbance)
+    loop = train_encoder(
+        fabric, state, generator, batches, config, seed, disturb=config.disturbance, agree=_agreement(context)
+    )
     context.train(loop, state, config.images, picture)
     if context.main:
         save_gan(generator, average, context.folder)
     with torch.no_grad():
         return {"encoder_error": float((generator(average(x)) - x).square().mean())}
+
+
+def _agreement(context: Context) -> Agree | None:
+    """That of the classifier with whose answers the drawings are to agree, if there is one."""
+    config, device = context.config.encoder, context.fabric.device
+    if not config.agreement_weight:
+        return None
+    if config.classifier:
+        return Agreement(load_own_classifier(config.classifier, context.data, device))
+    return Agreement(load_classifier(context.inputs["train-classifier"]).to(device))
 
 
 def _networks(context: Context) -> tuple[Generator, Encoder | None]:

@@ -93,12 +93,74 @@ def test_the_clean_images_have_their_share_of_the_loss(fabric: Fabric, share: fl
     assert found == pytest.approx((1 - share) * errors[0] + share * errors[1], rel=1e-4)
 
 
+def brightness(x: Tensor) -> Callable[[Tensor], Tensor]:
+    """How much brighter or darker drawings are than the images x."""
+    return lambda drawings: (drawings - x).flatten(1).mean(1).square()
+
+
+def test_drawings_agree_with_what_the_images_mean_under_attack_too(fabric: Fabric) -> None:
+    """What is climbed and what is descended is one loss: of the error, and of the agreement, by its weight."""
+    generator, encoder = networks()
+    images = drawn_by(generator, 16)
+    config = EncoderConfig(images=32, batch_size=16, clean_share=0.25, agreement_weight=3.0)
+    state, climbed = encoder_state(fabric, encoder, config), []
+
+    def inverted(errors: Any, x: Tensor, *rest: Any) -> Tensor:
+        climbed.append(errors(1 - x).detach())
+        return 1 - x
+
+    with torch.no_grad():
+        drawings = [generator(encoder(x)) for x in (1 - images, images)]
+        squared = [(d - images).square().flatten(1).sum(1) for d in drawings]
+        apart = [brightness(images)(d) for d in drawings]
+    loop = train_encoder(
+        fabric, state, generator, lambda step: images, config, 0, disturb=inverted, agree=brightness
+    )
+    metrics = next(loop).metrics
+    torch.testing.assert_close(climbed[0], squared[0] + 3 * apart[0])
+    expected = 0.75 * apart[0].mean() + 0.25 * apart[1].mean()
+    torch.testing.assert_close(metrics["disagreement"], expected)
+
+
+def left_half(x: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda drawings: (drawings - x)[..., :4].square().flatten(1).sum(1)
+
+
+def test_a_weight_on_agreement_makes_drawings_agree(fabric: Fabric) -> None:
+    """Each half can be drawn, both at once cannot: what agreement asks for comes first."""
+    apart = {}
+    for weight in (0.0, 100.0):
+        generator, encoder = networks()
+        drawn = drawn_by(generator, 64)
+        images = torch.cat([drawn[:32, ..., :4], drawn[32:, ..., 4:]], 3)
+        config = EncoderConfig(images=150 * 32, batch_size=32, lr=3e-3, agreement_weight=weight)
+        state = encoder_state(fabric, encoder, config)
+        agree = left_half if weight else None
+        for _ in train_encoder(fabric, state, generator, lambda step, x=images: x, config, 0, agree=agree):
+            pass
+        with torch.no_grad():
+            apart[weight] = float(left_half(images)(generator(state["encoder"](images))).mean())
+    assert apart[100.0] < 0.5 * apart[0.0]
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_agreement_has_both_a_weight_and_a_measure_or_neither(fabric: Fabric, weight: float) -> None:
+    generator, encoder = networks()
+    config = EncoderConfig(images=16, batch_size=16, agreement_weight=weight)
+    state, images = encoder_state(fabric, encoder, config), drawn_by(generator, 16)
+    agree = None if weight else brightness
+    with pytest.raises(ValueError, match="agree: expected if and only if"):
+        next(train_encoder(fabric, state, generator, lambda step: images, config, 0, agree=agree))
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("images", -1),
         *((key, 0) for key in ("batch_size", "average_half_life", "lr")),
         ("latent_weight", -0.1),
+        ("agreement_weight", -0.1),
+        ("agreement_weight", float("nan")),
         ("clean_share", 1.1),
         ("clean_share", -0.1),
     ],

@@ -124,6 +124,32 @@ def test_an_encoder_is_trained_for_a_finished_filter(finished, tmp_path, monkeyp
     assert "encoder.images: expected at least 1, there is no encoder yet; got 0" in result.output
 
 
+def test_drawings_agree_with_the_classifier_of_the_run_or_of_a_folder(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exported = finished / "runs" / "digits" / "export"
+    common = (f"filter={exported / 'filter'}", "encoder.images=128")
+    agreeing = (*common, "encoder.agreement_weight=50")
+    weights = {}
+    for run, own in (
+        ("plain", common),
+        ("run", agreeing),
+        ("folder", (*agreeing, f"encoder.classifier={exported / 'classifier'}")),
+    ):
+        result = invoke("run", "train-encoder", *settings(*own, f"run={run}"))
+        assert result.exit_code == 0, result.output
+        assert ("train-classifier: " in result.output) == (run == "run")
+        _, encoder = load_gan(Path(f"runs/{run}/train-encoder"))
+        weights[run] = torch.cat([p.flatten() for p in encoder.parameters()])
+    # Made by the same settings, the two classifiers are one.
+    assert torch.equal(weights["run"], weights["folder"])
+    assert not torch.equal(weights["run"], weights["plain"])
+    result = invoke("run", *settings(*agreeing, "encoder.classifier=./none", "run=off"))
+    assert result.exit_code == 1
+    assert "none" in result.output
+    assert "Traceback" not in result.output
+    assert not Path("runs/off").exists()
+
+
 def test_a_variant_starts_from_a_folder(run_folder):
     mine = ImageClassifier((1, 8, 8), 10, ArchitectureConfig(width=4))
     save_classifier(mine, Path("mine"))

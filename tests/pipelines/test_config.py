@@ -88,6 +88,8 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
             "disturbance.pieces: expected 0 in a batch of one",
         ),
         ("encoder.windows=3", "did you mean encoder.disturbance.windows?"),
+        ("encoder.agreement_weight=-1", "agreement_weight: expected at least 0"),
+        ("encoder.classifier=./mine", "classifier: expected none without an agreement_weight"),
         ("harden.objective.clean_share=2", "clean_share: expected in [0, 1]"),
         ("harden.objective.name=magic", "expected one of clean, noise, pgd"),
         ("harden.objective.epz=1", "did you mean harden.objective.eps?"),
@@ -146,6 +148,17 @@ def test_the_default_variant_goes_by_its_name(which):
     assert [variant.objective.eps for variant in config.harden] == [0.2]
     assert replace(config, harden=Config().harden) == Config()
     assert load_config(None, []) == Config()
+
+
+def test_settings_that_need_one_another_come_in_any_order():
+    settings = ["encoder.classifier=./mine", "encoder.agreement_weight=3", "seed=1"]
+    assert load_config(None, settings) == load_config(None, settings[::-1])
+    with pytest.raises(
+        ConfigError, match=r"^--set encoder.classifier=./mine: .* without an agreement_weight"
+    ):
+        load_config(None, ["seed=1", "encoder.classifier=./mine", "seed=2"])
+    with pytest.raises(ConfigError, match=r"^--set seed=-1: "):
+        load_config(None, ["seed=-1", "run=b"])
 
 
 def test_known_keys_reach_into_tables():

@@ -164,8 +164,8 @@ def test_dry_run_does_nothing(tmp_path, monkeypatch):
     assert result.exit_code == 0
     assert result.output.split("\n")[:4] == [
         "train-gan: run",
-        "train-encoder: run",
         "train-classifier: run",
+        "train-encoder: run",
         "project: run",
     ]
     assert list(tmp_path.iterdir()) == []
