@@ -30,9 +30,10 @@ Agree = Callable[[Tensor], Callable[[Tensor], Tensor]]
 class EncoderConfig:
     """Training of the encoder; `images` counts real images seen (0: it stays as it is).
 
-    The loss is `‖G(E(x')) − x‖² + agreement_weight · KL(f(x) ‖ f(G(E(x'))))` on data, x' being x or what a
-    disturbance makes of it and f the answers of a classifier, plus `latent_weight · ‖E(G(z)) − z‖²` on
-    samples. `clean_share` is the weight of the loss at x beside that at x'.
+    The loss is `‖G(E(x')) − x‖² + agreement_weight · P · KL(f(x) ‖ f(G(E(x'))))` on data, x' being x or what
+    a disturbance makes of it, P its pixels and f the answers of a classifier, plus
+    `latent_weight · ‖E(G(z)) − z‖²` on samples. `clean_share` is the weight of the loss at x beside that
+    at x'.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
@@ -87,14 +88,14 @@ def train_encoder(
     The encoder sees what `disturb` makes of the images, and is to draw what they were; None: nothing. With
     an `agreement_weight` the drawings are to mean to `agree` what the images mean to it, under attack too.
     """
-    if (agree is None) != (config.agreement_weight == 0):
+    if config.images and (agree is None) != (config.agreement_weight == 0):
         raise ValueError("agree: expected if and only if agreement_weight is above 0")
     encoder: nn.Module = state["encoder"]
     generator.requires_grad_(False)
     while state["images"] < config.images:
         rng = step_rng(seed, state["step"], fabric.global_rank)
         real = batches(state["step"])
-        errors = _Loss(encoder, generator, real, agree, config.agreement_weight)
+        errors = _Loss(encoder, generator, real, agree, config.agreement_weight * real[0].numel())
         disturbed = real
         if disturb is not None:
             disturbed = disturb(errors, real, state["step"], state["images"] / config.images, rng)
@@ -106,7 +107,7 @@ def train_encoder(
                 apart = apart.lerp(apart_clean, config.clean_share)
             z = torch.randn(len(real), generator.latent_dim, generator=rng).to(real)
             inversion = (encoder(generator(z)) - z).square().sum(1).mean()
-            loss = (squared + config.agreement_weight * apart).mean() + config.latent_weight * inversion
+            loss = (squared + errors.weight * apart).mean() + config.latent_weight * inversion
         descend(fabric, state["optimizer"], loss, cosine(config.lr, state["images"], config.images))
 
         batch = config.batch_size * fabric.world_size
@@ -129,7 +130,7 @@ class _Loss:
     def __init__(
         self, encoder: nn.Module, generator: Generator, real: Tensor, agree: Agree | None, weight: float
     ) -> None:
-        self._encoder, self._generator, self._real, self._weight = encoder, generator, real, weight
+        self._encoder, self._generator, self._real, self.weight = encoder, generator, real, weight
         self._apart = None if agree is None else agree(real)
 
     def parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,4 +141,4 @@ class _Loss:
 
     def __call__(self, images: Tensor) -> Tensor:
         squared, apart = self.parts(images)
-        return squared + self._weight * apart
+        return squared + self.weight * apart

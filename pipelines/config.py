@@ -59,6 +59,7 @@ class EncoderStageConfig(EncoderConfig):
     that of stage train-classifier.
     """
 
+    agreement_weight: float = 0.05
     classifier: str = ""
     disturbance: Disturbance = field(default_factory=Disturbance)
 
@@ -72,6 +73,10 @@ class EncoderStageConfig(EncoderConfig):
             raise ValueError(
                 f"disturbance.pieces: expected 0 in a batch of one image, got {self.disturbance.pieces}"
             )
+
+    @property
+    def needs_classifier(self) -> bool:
+        return self.images > 0 and self.agreement_weight > 0
 
 
 @dataclass(frozen=True)

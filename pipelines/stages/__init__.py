@@ -9,7 +9,7 @@ from pipelines.stages import certify, classifiers, evaluate, export, project, re
 
 def _encoder_inputs(config: Config) -> tuple[str, ...]:
     """Without a finished filter its own GAN; the classifier only where drawings are to agree with it."""
-    judged = config.encoder.agreement_weight and not config.encoder.classifier
+    judged = config.encoder.needs_classifier and not config.encoder.classifier
     return (*(() if config.filter else ("train-gan",)), *(("train-classifier",) if judged else ()))
 
 

@@ -56,7 +56,7 @@ def run(context: Context) -> dict[str, Any]:
 def _agreement(context: Context) -> Agree | None:
     """That of the classifier with whose answers the drawings are to agree, if there is one."""
     config, device = context.config.encoder, context.fabric.device
-    if not config.agreement_weight:
+    if not config.needs_classifier:
         return None
     if config.classifier:
         return Agreement(load_own_classifier(config.classifier, context.data, device))

@@ -99,10 +99,10 @@ def brightness(x: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def test_drawings_agree_with_what_the_images_mean_under_attack_too(fabric: Fabric) -> None:
-    """What is climbed and what is descended is one loss: of the error, and of the agreement, by its weight."""
+    """What is climbed and what is descended is one loss, of the error and of the agreement."""
     generator, encoder = networks()
     images = drawn_by(generator, 16)
-    config = EncoderConfig(images=32, batch_size=16, clean_share=0.25, agreement_weight=3.0)
+    config = EncoderConfig(images=32, batch_size=16, clean_share=0.25, agreement_weight=3 / 64)
     state, climbed = encoder_state(fabric, encoder, config), []
 
     def inverted(errors: Any, x: Tensor, *rest: Any) -> Tensor:
@@ -129,7 +129,7 @@ def left_half(x: Tensor) -> Callable[[Tensor], Tensor]:
 def test_a_weight_on_agreement_makes_drawings_agree(fabric: Fabric) -> None:
     """Each half can be drawn, both at once cannot: what agreement asks for comes first."""
     apart = {}
-    for weight in (0.0, 100.0):
+    for weight in (0.0, 2.0):
         generator, encoder = networks()
         drawn = drawn_by(generator, 64)
         images = torch.cat([drawn[:32, ..., :4], drawn[32:, ..., 4:]], 3)
@@ -140,7 +140,7 @@ def test_a_weight_on_agreement_makes_drawings_agree(fabric: Fabric) -> None:
             pass
         with torch.no_grad():
             apart[weight] = float(left_half(images)(generator(state["encoder"](images))).mean())
-    assert apart[100.0] < 0.5 * apart[0.0]
+    assert apart[2.0] < 0.5 * apart[0.0]
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])

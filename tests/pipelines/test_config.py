@@ -89,7 +89,7 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
         ),
         ("encoder.windows=3", "did you mean encoder.disturbance.windows?"),
         ("encoder.agreement_weight=-1", "agreement_weight: expected at least 0"),
-        ("encoder.classifier=./mine", "classifier: expected none without an agreement_weight"),
+        ("encoder={agreement_weight=0, classifier='mine'}", "classifier: expected none without an agreement"),
         ("harden.objective.clean_share=2", "clean_share: expected in [0, 1]"),
         ("harden.objective.name=magic", "expected one of clean, noise, pgd"),
         ("harden.objective.epz=1", "did you mean harden.objective.eps?"),
@@ -151,12 +151,10 @@ def test_the_default_variant_goes_by_its_name(which):
 
 
 def test_settings_that_need_one_another_come_in_any_order():
-    settings = ["encoder.classifier=./mine", "encoder.agreement_weight=3", "seed=1"]
+    settings = ["evaluate.filter=./mine", "evaluate.classifier=mine:model", "seed=1"]
     assert load_config(None, settings) == load_config(None, settings[::-1])
-    with pytest.raises(
-        ConfigError, match=r"^--set encoder.classifier=./mine: .* without an agreement_weight"
-    ):
-        load_config(None, ["seed=1", "encoder.classifier=./mine", "seed=2"])
+    with pytest.raises(ConfigError, match=r"^--set evaluate.filter=./mine: .*set classifier as well"):
+        load_config(None, ["seed=1", "evaluate.filter=./mine", "seed=2"])
     with pytest.raises(ConfigError, match=r"^--set seed=-1: "):
         load_config(None, ["seed=-1", "run=b"])
 
