@@ -59,7 +59,6 @@ class EncoderStageConfig(EncoderConfig):
     that of stage train-classifier.
     """
 
-    agreement_weight: float = 0.05
     classifier: str = ""
     disturbance: Disturbance = field(default_factory=Disturbance)
 

@@ -89,7 +89,7 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
         ),
         ("encoder.windows=3", "did you mean encoder.disturbance.windows?"),
         ("encoder.agreement_weight=-1", "agreement_weight: expected at least 0"),
-        ("encoder={agreement_weight=0, classifier='mine'}", "classifier: expected none without an agreement"),
+        ("encoder.classifier=./mine", "classifier: expected none without an agreement_weight"),
         ("harden.objective.clean_share=2", "clean_share: expected in [0, 1]"),
         ("harden.objective.name=magic", "expected one of clean, noise, pgd"),
         ("harden.objective.epz=1", "did you mean harden.objective.eps?"),
