@@ -14,6 +14,7 @@ from torch import nn
 from gan import Encoder, Generator, NetworkConfig
 from gan.optimisation import seeded
 from manifold_defense import (
+    PRESETS,
     ArtifactError,
     ManifoldFilter,
     ProjectionConfig,
@@ -105,10 +106,10 @@ def test_a_gan_comes_back(tmp_path: Path, encoder: bool) -> None:
     assert (inverse is None) == (not encoder)
     if inverse is not None:
         assert torch.equal(inverse(x), filter.encoder(x))
-    start = "encoder" if encoder else "prior"
-    loaded = load_filter(tmp_path)  # with the default projection
-    assert loaded.config == ProjectionConfig(start=start)
-    assert torch.equal(loaded(x), filter.configured(ProjectionConfig(start=start))(x))
+    loaded = load_filter(tmp_path)  # as every recipe has it
+    config = PRESETS["robust"] if encoder else ProjectionConfig(start="prior")
+    assert loaded.config == config
+    assert torch.equal(loaded(x), filter.configured(config)(x))
 
 
 def test_an_encoder_of_another_width_comes_back(tmp_path: Path) -> None:
