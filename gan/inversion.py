@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from lightning_fabric import Fabric
@@ -18,12 +18,24 @@ from gan.networks import Encoder, Generator
 from gan.optimisation import Batches, Record, State, cosine, descend
 from gan.sampling import step_rng
 
-# Images x' (N, C, H, W) to the loss of each, (N,).
+# Images x' (N, C, H, W) to what disturbing them is to make large, (N,).
 Errors = Callable[[Tensor], Tensor]
 # Errors, images x, the step, the share of the training that is over, and what to draw from: to images x'.
 Disturb = Callable[[Errors, Tensor, int, float, torch.Generator], Tensor]
-# Images x to a function of drawings of them, (N, C, H, W) both: how far each means something else, (N,).
-Agree = Callable[[Tensor], Callable[[Tensor], Tensor]]
+
+
+class Meaning(Protocol):
+    """What drawings (N, C, H, W) of some images mean beside the images, (N,) each."""
+
+    def apart(self, drawings: Tensor) -> Tensor:
+        """How far off it is: this training makes small."""
+
+    def lead(self, drawings: Tensor) -> Tensor:
+        """That of another meaning over theirs: this an attack climbs."""
+
+
+# Images (N, C, H, W) to what their drawings mean beside them.
+Agree = Callable[[Tensor], Meaning]
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,8 @@ def train_encoder(
     """Train `state["encoder"]` in place until `config.images` have been seen, yielding after every step.
 
     The encoder sees what `disturb` makes of the images, and is to draw what they were; None: nothing. With
-    an `agreement_weight` the drawings are to mean to `agree` what the images mean to it, under attack too.
+    an `agreement_weight` the drawings are to mean to `agree` what the images mean to it, and `disturb` is
+    given their lead in place of the squared error: it finds more than the loss itself does.
     """
     if config.images and (agree is None) != (config.agreement_weight == 0):
         raise ValueError("agree: expected if and only if agreement_weight is above 0")
@@ -95,19 +108,21 @@ def train_encoder(
     while state["images"] < config.images:
         rng = step_rng(seed, state["step"], fabric.global_rank)
         real = batches(state["step"])
-        errors = _Loss(encoder, generator, real, agree, config.agreement_weight * real[0].numel())
+        loss_of = _Loss(encoder, generator, real, agree)
         disturbed = real
         if disturb is not None:
-            disturbed = disturb(errors, real, state["step"], state["images"] / config.images, rng)
+            done = state["images"] / config.images
+            disturbed = disturb(loss_of.climbed, real, state["step"], done, rng)
         with fabric.autocast():
-            squared, apart = errors.parts(disturbed)
+            squared, apart = loss_of(disturbed)
             if disturb is not None and config.clean_share > 0:
-                squared_clean, apart_clean = errors.parts(real)
+                squared_clean, apart_clean = loss_of(real)
                 squared = squared.lerp(squared_clean, config.clean_share)
                 apart = apart.lerp(apart_clean, config.clean_share)
             z = torch.randn(len(real), generator.latent_dim, generator=rng).to(real)
             inversion = (encoder(generator(z)) - z).square().sum(1).mean()
-            loss = (squared + errors.weight * apart).mean() + config.latent_weight * inversion
+            weight = config.agreement_weight * real[0].numel()
+            loss = (squared + weight * apart).mean() + config.latent_weight * inversion
         descend(fabric, state["optimizer"], loss, cosine(config.lr, state["images"], config.images))
 
         batch = config.batch_size * fabric.world_size
@@ -127,18 +142,19 @@ def train_encoder(
 class _Loss:
     """The loss of images x' (N, C, H, W) as images of what `real` are."""
 
-    def __init__(
-        self, encoder: nn.Module, generator: Generator, real: Tensor, agree: Agree | None, weight: float
-    ) -> None:
-        self._encoder, self._generator, self._real, self.weight = encoder, generator, real, weight
-        self._apart = None if agree is None else agree(real)
+    def __init__(self, encoder: nn.Module, generator: Generator, real: Tensor, agree: Agree | None) -> None:
+        self._encoder, self._generator, self._real = encoder, generator, real
+        self._meaning = None if agree is None else agree(real)
 
-    def parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Squared error summed over pixels, and disagreement, (N,) each."""
         drawings = self._generator(self._encoder(images))
-        squared = (drawings - self._real).square().flatten(1).sum(1)
-        return squared, torch.zeros_like(squared) if self._apart is None else self._apart(drawings)
+        squared = self._squared(drawings)
+        return squared, torch.zeros_like(squared) if self._meaning is None else self._meaning.apart(drawings)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        squared, apart = self.parts(images)
-        return squared + self.weight * apart
+    def climbed(self, images: Tensor) -> Tensor:
+        drawings = self._generator(self._encoder(images))
+        return self._squared(drawings) if self._meaning is None else self._meaning.lead(drawings)
+
+    def _squared(self, drawings: Tensor) -> Tensor:
+        return (drawings - self._real).square().flatten(1).sum(1)

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from manifold_defense.attacks.objective import margins
+from manifold_defense.types import Classifier
 
 
 class Agreement:
-    """`KL(f(x) ‖ f(drawing))` in nats, for a classifier f that is frozen and put into eval mode here.
+    """Of drawings with images x (N, C, H, W), as a classifier f sees both: to train a filter for f.
 
-    Needs no labels: f's own answers to the images are the measure, right or wrong. As the natural and the
-    robust output of TRADES (Zhang et al. 2019), with the filter in f's place as what is trained.
+    Needs no labels: f's own answers to x are the measure, right or wrong. As in TRADES (Zhang et al. 2019)
+    the natural output stands beside the robust one; but what is trained is what stands before f.
     """
 
-    def __init__(self, classifier: nn.Module) -> None:
-        self._classifier = classifier.requires_grad_(False).eval()
-
-    def __call__(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """Images x (N, C, H, W) to a function of drawings (N, C, H, W) that gives (N,)."""
+    def __init__(self, classifier: Classifier, x: Tensor) -> None:
         with torch.no_grad():
-            meant = self._classifier(x).softmax(1)
+            logits = classifier(x)
+        self._classifier, self._meant, self._class = classifier, logits.softmax(1), logits.argmax(1)
 
-        def apart(drawings: Tensor) -> Tensor:
-            log = self._classifier(drawings).log_softmax(1)
-            return F.kl_div(log, meant, reduction="none").sum(1)
+    def apart(self, drawings: Tensor) -> Tensor:
+        """`KL(f(x) ‖ f(drawing))` in nats, (N,), for drawings (N, C, H, W)."""
+        log = self._classifier(drawings).log_softmax(1)
+        return F.kl_div(log, self._meant, reduction="none").sum(1)
 
-        return apart
+    def lead(self, drawings: Tensor) -> Tensor:
+        """That of the best other class over the one that f says of x, in logits, (N,)."""
+        return margins(self._classifier(drawings), self._class, targeted=False)

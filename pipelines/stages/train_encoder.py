@@ -5,6 +5,7 @@ Both come from stage `train-gan`, or from a finished filter.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,13 +55,15 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def _agreement(context: Context) -> Agree | None:
-    """That of the classifier with whose answers the drawings are to agree, if there is one."""
+    """That with the classifier whose answers the drawings are to keep, if there is one."""
     config, device = context.config.encoder, context.fabric.device
     if not config.needs_classifier:
         return None
     if config.classifier:
-        return Agreement(load_own_classifier(config.classifier, context.data, device))
-    return Agreement(load_classifier(context.inputs["train-classifier"]).to(device))
+        classifier = load_own_classifier(config.classifier, context.data, device)
+    else:
+        classifier = load_classifier(context.inputs["train-classifier"]).to(device)
+    return partial(Agreement, classifier.requires_grad_(False))
 
 
 def _networks(context: Context) -> tuple[Generator, Encoder | None]:

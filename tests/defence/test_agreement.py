@@ -23,7 +23,7 @@ class Sum(nn.Module):
 
 def test_disagreement_is_the_divergence_from_what_the_image_means() -> None:
     x = torch.tensor([0.0, math.log(3)]).view(2, 1, 1, 1)  # answers 1/2, 1/2 and 3/4, 1/4
-    apart = Agreement(Sum())(x)(x.flip(0))
+    apart = Agreement(Sum(), x).apart(x.flip(0))
     expected = [
         0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25),
         0.75 * math.log(1.5) + 0.25 * math.log(0.5),
@@ -31,15 +31,20 @@ def test_disagreement_is_the_divergence_from_what_the_image_means() -> None:
     torch.testing.assert_close(apart, torch.tensor(expected))
 
 
+def test_the_lead_is_of_any_other_class_over_that_of_the_image() -> None:
+    """Whatever its label: f says the first of x = 1, the second of x = −1."""
+    x = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)
+    lead = Agreement(Sum(), x).lead(torch.tensor([0.25, 0.5]).view(2, 1, 1, 1))
+    torch.testing.assert_close(lead, torch.tensor([-0.25, 0.5]))
+
+
 def test_what_means_the_same_agrees_and_what_does_not_has_a_gradient() -> None:
-    x, model = images(5), network(3).train()
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    apart = Agreement(model)(x)
-    torch.testing.assert_close(apart(x), torch.zeros(5), atol=1e-6, rtol=0)
+    x, model = images(5), network(3).eval().requires_grad_(False)
+    agreement = Agreement(model, x)
+    torch.testing.assert_close(agreement.apart(x), torch.zeros(5), atol=1e-6, rtol=0)
+    assert (agreement.lead(x) < 0).all()
     drawings = (1 - x).requires_grad_(True)
-    (gradient,) = torch.autograd.grad(apart(drawings).sum(), drawings)
-    assert (apart(drawings) > 0).all()
-    assert gradient.flatten(1).any(1).all()
-    assert not model.training
-    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert (agreement.apart(drawings) > 0).all()
+    for measure in (agreement.apart, agreement.lead):
+        (gradient,) = torch.autograd.grad(measure(drawings).sum(), drawings)
+        assert gradient.flatten(1).any(1).all()
