@@ -5,6 +5,7 @@ N images, D latent size; x images (N, C, H, W) in [0, 1], δ a perturbation of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -67,8 +68,8 @@ class EncoderConfig:
         if not self.lr > 0:
             raise ValueError(f"lr: expected above 0, got {self.lr}")
         for name in ("latent_weight", "agreement_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected at least 0 and finite, got {getattr(self, name)}")
 
 
 def encoder_state(fabric: Fabric, encoder: Encoder, config: EncoderConfig) -> State:

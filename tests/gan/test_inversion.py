@@ -1,5 +1,6 @@
 """The encoder's loop: it learns to invert, and to draw what images were before they were disturbed."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -168,7 +169,7 @@ def test_agreement_has_both_a_weight_and_a_measure_or_neither(fabric: Fabric, we
         *((key, 0) for key in ("batch_size", "average_half_life", "lr")),
         ("latent_weight", -0.1),
         ("agreement_weight", -0.1),
-        ("agreement_weight", float("nan")),
+        *((key, bad) for key in ("latent_weight", "agreement_weight") for bad in (math.nan, math.inf)),
         ("clean_share", 1.1),
         ("clean_share", -0.1),
     ],
