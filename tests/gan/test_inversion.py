@@ -135,6 +135,19 @@ def test_drawings_agree_with_what_the_images_mean_under_attack_too(fabric: Fabri
     torch.testing.assert_close(metrics["disagreement"], expected)
 
 
+def test_agreement_weighs_by_the_pixel(fabric: Fabric, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: list[Tensor] = []
+    monkeypatch.setattr("gan.inversion.descend", lambda fabric, optimizer, loss, lr: losses.append(loss))
+    generator, encoder = networks()
+    images = 1 - drawn_by(generator, 16)
+    for weight in (0.0, 0.5):
+        config = EncoderConfig(images=16, batch_size=16, agreement_weight=weight)
+        state, agree = encoder_state(fabric, encoder, config), Brightness if weight else None
+        next(train_encoder(fabric, state, generator, lambda step: images, config, 0, agree=agree))
+    apart = Brightness(images).apart(generator(encoder(images))).mean()
+    torch.testing.assert_close(losses[1] - losses[0], 0.5 * 64 * apart, rtol=1e-3, atol=1e-4)
+
+
 def test_a_weight_on_agreement_makes_drawings_agree(fabric: Fabric) -> None:
     """Each half can be drawn, both at once cannot: what agreement asks for comes first."""
     apart = {}
