@@ -61,9 +61,9 @@ from manifold_defense.attacks.square import square
 from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.evaluation.adapters import art_classifier, autoattack, foolbox_model
 from manifold_defense.types import Attack, Norm
-from pipelines.config import load_config
 from pipelines.context import Context, Workshop
 from pipelines.data import subset, to_float
+from pipelines.settings import load_config
 from pipelines.stages.classifiers import harden, train
 
 EPS = 0.15

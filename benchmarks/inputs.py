@@ -14,10 +14,10 @@ from torch import Tensor
 from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.filter import ManifoldFilter
 from manifold_defense.types import Norm, Threat
-from pipelines.config import load_config
 from pipelines.data import DataConfig, Dataset, load_data, subset, to_float
 from pipelines.failures import one_line
 from pipelines.own import load_own_classifier, load_own_filter
+from pipelines.settings import load_config
 
 CPU = torch.device("cpu")
 

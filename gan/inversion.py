@@ -49,7 +49,7 @@ class EncoderConfig:
     at x'.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.settings
 
     images: int = 50_000
     batch_size: int = 64

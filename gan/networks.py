@@ -24,7 +24,7 @@ class NetworkConfig:
     up to `max_width`. `blocks` residual blocks stand at every resolution of the generator.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.settings
 
     latent_dim: int = 32
     generator_width: int = 16

@@ -30,7 +30,7 @@ class GanConfig:
     (0: no joint encoder); `latent_weight` adds `‖E(G(z)) − z‖²` for the encoder alone.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.settings
 
     loss: Literal["r3gan", "wgan_gp"] = "r3gan"
     images: int = 80_000

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 class ArchitectureConfig:
     """`cnn`: two strided convolutions of `width` and twice as many channels; `resnet18`: torchvision's."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.settings
 
     name: Literal["cnn", "resnet18"] = "cnn"
     width: int = 32

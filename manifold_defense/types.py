@@ -53,7 +53,7 @@ class Threat:
     corruption  severity, 1 to 5, of the natural corruptions in `attacks.corruptions`
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.settings
 
     norm: Norm = "linf"
     eps: float = 0.3

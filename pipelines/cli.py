@@ -67,7 +67,7 @@ def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _load(config_file: Path | None, settings: tuple[str, ...], run_name: str | None) -> Any:
-    from pipelines.config import load_config
+    from pipelines.settings import load_config
 
     return load_config(config_file, settings, run_name)
 
@@ -96,7 +96,7 @@ def _console() -> Any:
 @_config_options
 def config(config_file: Path | None, settings: tuple[str, ...], run_name: str | None) -> None:
     """Print the resolved configuration, as a TOML file that can be used again."""
-    from pipelines.config import to_toml
+    from pipelines.settings import to_toml
 
     click.echo(to_toml(_load(config_file, settings, run_name)), nl=False)
 

@@ -1,22 +1,18 @@
-"""The configuration of a run: dataclasses composed, read from TOML, validated with pydantic.
+"""The configuration of a run: dataclasses composed, which `pipelines.settings` reads and writes.
 
-Defaults describe the `digits` run. A file overrides them, `--set key=value` overrides the file.
+Defaults describe the `digits` run.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import string
-import tomllib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache, reduce
+from functools import reduce
 from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BeforeValidator, ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Tag
 
 from gan.inversion import EncoderConfig
 from gan.training import GanConfig
@@ -32,10 +28,6 @@ from manifold_defense.types import Threat
 from pipelines.data import DataConfig
 
 _STRICT = ConfigDict(extra="forbid")
-
-
-class ConfigError(Exception):
-    """One line that names the file or option, the key, and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -329,134 +321,3 @@ class Config:
                         f"harden.{variant.name}.{key}: expected a variant before it{or_else}, got {given!r}"
                     )
             before.append(variant.name)
-
-
-def load_config(file: Path | None = None, settings: Iterable[str] = (), run: str | None = None) -> Config:
-    """Defaults, overridden by a TOML file, by `key=value` settings and by the run's name.
-
-    Raises ConfigError for anything unknown, mistyped or out of range.
-    """
-    values: dict[str, Any] = {}
-    if file is not None:
-        try:
-            values = tomllib.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file}: not TOML: {error}") from None
-        _validate(values, str(file))
-    values.setdefault("harden", [{"name": HardenConfig.name}])  # settings may call the default by its name
-    fault: ConfigError | None = None
-    for setting in settings:
-        _apply(values, setting)
-        try:
-            _validate(values, f"--set {setting}")
-            fault = None
-        except ConfigError as error:
-            fault = fault or error  # a later setting may be what this one lacks
-    if fault is not None:
-        raise fault
-    if run is not None:
-        values["run"] = run
-    return _validate(values, f"--run {run}" if run is not None else "defaults")
-
-
-def _apply(values: dict[str, Any], setting: str) -> None:
-    """Write `a.b=value` into nested tables; the value is TOML, or a bare string."""
-    key, equals, text = setting.partition("=")
-    if not equals or not all(part.strip() for part in key.split(".")):
-        raise ConfigError(f"--set {setting}: expected KEY=VALUE, such as gan.images=200_000")
-    *tables, last = key.strip().split(".")
-    while tables:
-        table = tables.pop(0)
-        inner = values.setdefault(table, {})
-        if isinstance(inner, list) and all(isinstance(entry, dict) for entry in inner):
-            # One table of an array goes by its name, or by its number; an only one need not be named.
-            chosen = [e for i, e in enumerate(inner) if tables and tables[0] in (e.get("name"), str(i))]
-            if chosen:
-                tables.pop(0)
-            elif len(inner) == 1:
-                chosen = inner
-            else:
-                names = ", ".join(str(entry.get("name", i)) for i, entry in enumerate(inner))
-                raise ConfigError(f"--set {setting}: {table} has several tables; expected one of {names}")
-            inner = chosen[0]
-        if not isinstance(inner, dict):
-            raise ConfigError(f"--set {setting}: {table} is not a table")
-        values = inner
-    try:
-        values[last] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        values[last] = text
-
-
-@cache
-def _schema() -> TypeAdapter[Config]:
-    """Built when first asked for: it takes longer than all that it then validates."""
-    return TypeAdapter(Config)
-
-
-def _validate(values: dict[str, Any], source: str) -> Config:
-    try:
-        return _schema().validate_python(values)
-    except ValidationError as error:
-        # All problems of a file at once would be several lines; the first one is where to begin.
-        raise ConfigError(f"{source}: {_explain(error.errors()[0])}") from None
-
-
-def _explain(problem: Any) -> str:
-    # Neither the number of a table nor which of several kinds it was read as is part of a key.
-    kinds = [kind.name for kind in OBJECTIVES]
-    loc = problem["loc"]
-    key = ".".join(
-        str(part) for i, part in enumerate(loc) if not (loc[i - 1] == "objective" and i and part in kinds)
-    )
-    if problem["type"] == "unexpected_keyword_argument":
-        plain = ".".join(part for part in key.split(".") if not part.isdigit())
-        close = difflib.get_close_matches(plain, known_keys(), n=1)
-        return f"unknown key {key}" + (f"; did you mean {close[0]}?" if close else "")
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" if key else message
-
-
-def known_keys(kind: Any = Config, prefix: str = "") -> list[str]:
-    """Dotted names of all keys, tables included."""
-    instance = kind() if isinstance(kind, type) else kind
-    keys = []
-    for item in dataclasses.fields(instance):
-        name = f"{prefix}{item.name}"
-        keys.append(name)
-        value = getattr(instance, item.name)
-        if isinstance(value, tuple) and value:
-            value = value[0]
-        if dataclasses.is_dataclass(value):
-            keys += known_keys(value, f"{name}.")
-    return keys
-
-
-def to_toml(config: Any, table: str = "") -> str:
-    """A resolved configuration as TOML that `load_config` reads back to the same value."""
-    scalars, tables = [], []
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        name = f"{table}.{item.name}" if table else item.name
-        if dataclasses.is_dataclass(value):
-            tables.append(f"\n[{name}]\n{to_toml(value, name)}")
-        elif value is None:
-            continue
-        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-            tables += [f"\n[[{name}]]\n{to_toml(entry, name)}" for entry in value]
-        else:
-            scalars.append(f"{item.name} = {_toml_value(value)}\n")
-    return "".join(scalars + tables)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (int, float)):
-        return repr(value)
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml_value(entry) for entry in value) + "]"
-    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{text}"'

@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from gan.sampling import batch_indices, step_rng
-from pipelines.config import Config, ConfigError, FabricConfig
+from pipelines.config import Config, FabricConfig
 from pipelines.data import Dataset, ImageData, augment, load_data, one_line, subset, to_float
+from pipelines.settings import ConfigError
 from pipelines.stage import StageError
 
 STATE = "state.ckpt"

@@ -42,11 +42,11 @@ def one_line(interrupted: str = "interrupted") -> Iterator[None]:
 def _exit_code(error: Exception) -> int | None:
     # Imported late: `--help` answers without torch.
     from manifold_defense.artifact import ArtifactError
-    from pipelines.config import ConfigError
     from pipelines.context import InterruptionError
     from pipelines.data import DataError
     from pipelines.own import OwnClassifierError
     from pipelines.purify import PurifyError
+    from pipelines.settings import ConfigError
     from pipelines.stage import StageError
 
     if isinstance(error, (ConfigError, OwnClassifierError)):

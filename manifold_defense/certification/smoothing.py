@@ -26,7 +26,7 @@ class SmoothingConfig:
     A certificate is wrong with probability at most `alpha`, for each image by itself.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.settings
 
     sigma: float = 0.25
     selection: int = 100

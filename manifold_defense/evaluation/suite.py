@@ -164,7 +164,7 @@ class AttackConfig:
                an attack without gradients.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.settings
 
     name: AttackName = "pgd"
     steps: int = 0

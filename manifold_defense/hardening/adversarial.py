@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from manifold_defense.attacks import geometry, mi_fgsm, pgd
 from manifold_defense.attacks.objective import evaluation_mode, logits_and_gradient
-from manifold_defense.hardening.objective import Base, InBall, Step, check, mixed, ramped
+from manifold_defense.hardening.objective import Base, InBall, Step, check, divergence, mixed, ramped
 from manifold_defense.types import Ball, Classifier, Threat
 
 
@@ -90,7 +90,7 @@ class Trades(InBall):
         x_adv = self._worst(model, x, eps, step.seed)
         logits = model(x)
         # One loss pulls both outputs: the clean one towards the label, each towards the other.
-        gap = F.kl_div(model(x_adv).log_softmax(1), logits.softmax(1), reduction="none").sum(1)
+        gap = divergence(logits.softmax(1), model(x_adv))
         return F.cross_entropy(logits, y, reduction="none") + self.beta * gap
 
     def _worst(self, model: Classifier, x: Tensor, eps: float, seed: int) -> Tensor:
@@ -100,7 +100,7 @@ class Trades(InBall):
                 clean = model(x).softmax(1)
 
             def gap(logits: Tensor) -> Tensor:
-                return F.kl_div(logits.log_softmax(1), clean, reduction="none").sum(1)
+                return divergence(clean, logits)
 
             # At x itself the gradient of the KL is zero.
             at = (x + shape.sample(x, eps, rng)).clamp(0, 1)

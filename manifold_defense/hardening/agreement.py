@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from manifold_defense.attacks.objective import margins
+from manifold_defense.hardening.objective import divergence
 from manifold_defense.types import Classifier
 
 
@@ -24,8 +24,7 @@ class Agreement:
 
     def apart(self, drawings: Tensor) -> Tensor:
         """`KL(f(x) ‖ f(drawing))` in nats, (N,), for drawings (N, C, H, W)."""
-        log = self._classifier(drawings).log_softmax(1)
-        return F.kl_div(log, self._meant, reduction="none").sum(1)
+        return divergence(self._meant, self._classifier(drawings))
 
     def lead(self, drawings: Tensor) -> Tensor:
         """That of the best other class over the one that f says of x, in logits, (N,)."""

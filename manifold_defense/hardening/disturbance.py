@@ -40,7 +40,7 @@ class Disturbance:
     ramp      share of the training over which the radius of a ball grows from 0
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.settings
 
     kind: Literal["none", "noise", "adversarial"] = "adversarial"
     threats: tuple[Threat, ...] = (Threat("linf", 0.15), Threat("l2", 1.0))

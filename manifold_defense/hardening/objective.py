@@ -51,7 +51,7 @@ class Objective(Protocol):
 class Base:
     """What most objectives are: for no ball, in need of nothing."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.settings
     needs_manifold: ClassVar[bool] = False
     takes_teacher: ClassVar[bool] = False
 
@@ -86,6 +86,11 @@ def mixed(model: Classifier, x: Tensor, x_adv: Tensor, y: Tensor, clean_share: f
         return loss
     clean = F.cross_entropy(model(x), y, reduction="none")
     return clean_share * clean + (1 - clean_share) * loss
+
+
+def divergence(meant: Tensor, logits: Tensor) -> Tensor:
+    """`KL(meant ‖ softmax(logits))` in nats, (N,), of probabilities and logits (N, K)."""
+    return F.kl_div(logits.log_softmax(1), meant, reduction="none").sum(1)
 
 
 def ramped(value: float, progress: float, ramp: float) -> float:

@@ -32,7 +32,7 @@ _VALIDATIONS = 20
 class TrainingConfig:
     """Length, counted in images seen, and pace of a classifier's training (AdamW, one cosine)."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.settings
 
     images: int = 60_000
     batch_size: int = 64

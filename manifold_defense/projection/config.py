@@ -47,7 +47,7 @@ class ProjectionConfig:
     strength      how far a filter moves x towards its projection: x + strength (G(z*) − x)
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.config
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.settings
 
     solver: Literal["gd", "adam", "lbfgs"] = "gd"
     start: Literal["encoder", "bank", "prior", "origin"] = "encoder"

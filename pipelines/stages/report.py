@@ -7,7 +7,6 @@ import shutil
 from typing import Any
 
 from pipelines.board import save_figure, scatter
-from pipelines.config import to_toml
 from pipelines.context import Context
 from pipelines.report import (
     markdown_certificates,
@@ -19,6 +18,7 @@ from pipelines.report import (
     markdown_transfers,
     trade_offs,
 )
+from pipelines.settings import to_toml
 
 _LEGEND = """\
 {columns} *unaware*: the attack knows the classifier alone. *approximate*: another gradient stands in for

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import Config, ConfigError, known_keys, load_config, to_toml
+from pipelines.config import Config
 from pipelines.data import DATASETS
+from pipelines.settings import ConfigError, known_keys, load_config, to_toml
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 

@@ -10,9 +10,9 @@ import torch
 from pipelines_support import invoke, settings
 
 from manifold_defense import load_classifier
-from pipelines.config import load_config
 from pipelines.data import load_data
 from pipelines.defences import compared
+from pipelines.settings import load_config
 from pipelines.stages.classifiers import held_out
 
 VARIANTS = """
