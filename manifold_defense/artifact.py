@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gan.networks import Encoder, Generator, NetworkConfig
 from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
 from manifold_defense.filter import ManifoldFilter
-from manifold_defense.projection import PRESETS, ProjectionConfig
+from manifold_defense.projection import ProjectionConfig
 
 VERSION = 1
 FILTER, CLASSIFIER, GAN = "filter.json", "classifier.json", "gan.json"
@@ -39,13 +39,11 @@ def save_filter(filter: ManifoldFilter, folder: str | Path) -> None:
 def load_filter(folder: str | Path) -> ManifoldFilter:
     """The filter of a folder written by `save_filter` or by `manifold-defense export`, on the CPU.
 
-    The networks that `save_gan` or a training stage left make one with the preset `robust`, as in every
-    recipe, if there is an encoder, else with prior starts. Raises ArtifactError (a ValueError) that names
-    the file if anything is missing or damaged.
+    The networks that `save_gan` or a training stage left make one with the default settings. Raises
+    ArtifactError (a ValueError) that names the file if anything is missing or damaged.
     """
     if not (Path(folder) / FILTER).is_file() and (Path(folder) / GAN).is_file():
-        generator, encoder = load_gan(folder)
-        return ManifoldFilter(generator, encoder, PRESETS["robust"] if encoder is not None else None)
+        return ManifoldFilter(*load_gan(folder))
     path = _locate(Path(folder), FILTER, "filter")
     facts, weights = _load(path, FILTER)
     generator, encoder = _networks(path / FILTER, facts, weights)

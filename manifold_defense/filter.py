@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_defense.projection import (
+    PRESETS,
     Bank,
     Metric,
     ProjectionConfig,
@@ -34,7 +35,8 @@ class ManifoldFilter(nn.Module):
     """Replace images by their projection onto a generator's range, or move them towards it.
 
     `generator` and `encoder` are modules that fit the protocols of `manifold_defense.types`; they
-    are frozen and kept in eval mode. The filter follows `.to(device)` like any module.
+    are frozen and kept in eval mode. `config` None is the preset `robust`, as in every recipe; without an
+    encoder it is descent from prior starts. The filter follows `.to(device)` like any module.
 
     Views: `exact` differentiates through every solver step. `implicit` and `gauss_newton` use the
     optimality of z*, `tangent` the range's tangent space (see `attach_gradient`). `soft` takes the
@@ -57,7 +59,9 @@ class ManifoldFilter(nn.Module):
             raise ValueError(f"view: expected one of {', '.join(VIEWS)}, got {view!r}")
         self.generator = generator
         self.encoder = encoder
-        self.config = config or ProjectionConfig(start="encoder" if encoder is not None else "prior")
+        if config is None:
+            config = PRESETS["robust"] if encoder is not None else ProjectionConfig(start="prior")
+        self.config = config
         if self.config.uses_encoder and encoder is None:
             raise ValueError("start 'encoder' needs an encoder; pass one, or a config with start='prior'")
         if view == "start" and not self.config.uses_encoder:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from manifold_defense import DefendedClassifier, ManifoldFilter, ProjectionConfig, project
 from manifold_defense.filter import VIEWS
-from manifold_defense.projection import check_images
+from manifold_defense.projection import PRESETS, check_images
 
 CONFIG = ProjectionConfig("lbfgs", "encoder", steps=5)
 ORIGIN = ProjectionConfig("gd", "origin", restarts=2, steps=10)
@@ -271,7 +271,7 @@ def test_values_out_of_range_are_refused_with_a_gradient_too(networks: Any, view
 
 def test_the_start_follows_the_encoder(networks: Any) -> None:
     generator, encoder = networks
-    assert ManifoldFilter(generator, encoder).config.start == "encoder"
+    assert ManifoldFilter(generator, encoder).config == PRESETS["robust"]
     assert ManifoldFilter(generator).config.start == "prior"
     assert ManifoldFilter(generator).image_shape == (1, 8, 8)
     with pytest.raises(ValueError, match="needs an encoder"):
