@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,7 +14,7 @@ from rich.console import Console
 from pipelines.config import Config
 from pipelines.context import Context, Workshop, make_fabric
 from pipelines.own import load_own_classifier, load_own_filter
-from pipelines.stage import RUNS, Plan, StageError, StageFolder, Status, make_plans, weights_of
+from pipelines.stage import RUNS, Plan, StageError, StageFolder, Status, figures, make_plans, weights_of
 from pipelines.stages import STAGES
 
 
@@ -151,17 +150,8 @@ def _run_stage(
             "precision": shop.config.fabric.precision,
         }
         folder.commit(plan, metrics, seconds, devices)
-        console.print(f"{name}: done in {seconds:.0f} s{_figures(metrics)}", highlight=False)
+        console.print(", ".join([f"{name}: done in {seconds:.0f} s", *figures(metrics)]), highlight=False)
     fabric.barrier()
-
-
-def _figures(metrics: dict[str, Any]) -> str:
-    """The few scalars worth a line."""
-    shown = ("encoder_error", "test_accuracy", "pgd20_accuracy", "clean_error", "accuracy_on_projection")
-    parts = [
-        f"{name.replace('_', ' ')} {metrics[name]:.4g}" for name in shown if metrics.get(name) is not None
-    ]
-    return ", " + ", ".join(parts) if parts else ""
 
 
 @contextmanager

@@ -221,6 +221,20 @@ class StageFolder:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def figures(metrics: Mapping[str, Any]) -> list[str]:
+    """The few scalars of a stage that are worth a line, in words."""
+    shown = (
+        "encoder_error",
+        "test_accuracy",
+        "pgd20_accuracy",
+        "proved_accuracy",
+        "clean_error",
+        "accuracy_on_projection",
+    )
+    known = {name: metrics[name] for name in shown if metrics.get(name) is not None}
+    return [f"{name.replace('_', ' ')} {value:.4g}" for name, value in known.items()]
+
+
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all."""
     partial = path.with_name(path.name + ".partial")

@@ -7,7 +7,7 @@ that the image is safe at 0.
 
 from manifold_defense.certification.certificates import ABSTAINED, Certificates, certified_accuracy
 from manifold_defense.certification.distance import PatchClassifier, fit_patches
-from manifold_defense.certification.intervals import interval_certificates, interval_logits
+from manifold_defense.certification.intervals import interval_certificates, interval_logits, intervals_prove
 from manifold_defense.certification.linear import linear_certificates, linear_worst_margin
 from manifold_defense.certification.lipschitz import lipschitz_certificates, lipschitz_constant
 from manifold_defense.certification.smoothing import (
@@ -27,6 +27,7 @@ __all__ = [
     "fit_patches",
     "interval_certificates",
     "interval_logits",
+    "intervals_prove",
     "linear_certificates",
     "linear_worst_margin",
     "lipschitz_certificates",

@@ -63,6 +63,13 @@ def _through(layer: nn.Module, centre: Tensor, radius: Tensor) -> tuple[Tensor, 
 
 
 @torch.no_grad()
+def intervals_prove(model: Bounded, x: Tensor, y: Tensor, eps: float | Tensor) -> Tensor:
+    """Whether no image of a box can have another label than y (N,), by `interval_logits`; (N,)."""
+    bounds = interval_logits(model, x, y, eps)
+    return bounds.scatter(1, y.unsqueeze(1), -torch.inf).amax(1) < 0
+
+
+@torch.no_grad()
 def interval_certificates(model: Bounded, x: Tensor, *, largest: float = 1.0) -> Certificates:
     """The largest L∞ radius up to `largest` at which the bounds prove the prediction, found by bisection.
 
@@ -72,7 +79,6 @@ def interval_certificates(model: Bounded, x: Tensor, *, largest: float = 1.0) ->
     proved, failed = x.new_zeros(len(x)), x.new_full((len(x),), float(largest))
     for step in range(_BISECTIONS + 1):
         tried = failed if step == 0 else (proved + failed) / 2
-        bounds = interval_logits(model, x, prediction, tried)
-        safe = bounds.scatter(1, prediction.unsqueeze(1), -torch.inf).amax(1) < 0
+        safe = intervals_prove(model, x, prediction, tried)
         proved, failed = torch.where(safe, tried, proved), torch.where(safe, failed, tried)
     return Certificates(prediction, proved)

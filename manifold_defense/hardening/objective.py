@@ -45,6 +45,9 @@ class Objective(Protocol):
     def threat(self) -> Threat | None:
         """The ball that it trains for, if it does: where its training is judged."""
 
+    def proved(self, model: Classifier, x: Tensor, y: Tensor, /) -> Tensor | None:
+        """Which labels (N,) it proves in all of that ball, and is judged by; None if it proves none."""
+
     def __call__(self, model: Classifier, x: Tensor, y: Tensor, step: Step, /) -> Tensor: ...
 
 
@@ -57,6 +60,9 @@ class Base:
 
     @property
     def threat(self) -> Threat | None:
+        return None
+
+    def proved(self, model: Classifier, x: Tensor, y: Tensor, /) -> Tensor | None:
         return None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manifold_defense.certification.intervals import Bounded, interval_logits
+from manifold_defense.certification.intervals import Bounded, interval_logits, intervals_prove
 from manifold_defense.hardening.objective import Base, InBall, Step, check, ramped
 from manifold_defense.types import Classifier, Threat
 
@@ -110,11 +110,16 @@ class IntervalBounds(Base):
     def threat(self) -> Threat:
         return Threat("linf", self.eps)
 
+    def proved(self, model: Classifier, x: Tensor, y: Tensor, /) -> Tensor:
+        return intervals_prove(cast(Bounded, model), x, y, self.eps)
+
     def __call__(self, model: Classifier, x: Tensor, y: Tensor, step: Step, /) -> Tensor:
         done = ramped(1.0, max(step.progress - self.warmup, 0.0), self.ramp)
         kappa = 1 - (1 - self.kappa) * done
-        clean = F.cross_entropy(model(x), y, reduction="none")
-        if done == 0:
-            return clean
-        bounds = interval_logits(cast(Bounded, model), x, y, self.eps * done)
-        return kappa * clean + (1 - kappa) * F.cross_entropy(bounds, y, reduction="none")
+        loss = torch.zeros_like(y, dtype=x.dtype)
+        if kappa > 0:
+            loss = loss + kappa * F.cross_entropy(model(x), y, reduction="none")
+        if kappa < 1:
+            bounds = interval_logits(cast(Bounded, model), x, y, self.eps * done)
+            loss = loss + (1 - kappa) * F.cross_entropy(bounds, y, reduction="none")
+        return loss

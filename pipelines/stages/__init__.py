@@ -64,7 +64,7 @@ _ALL = (
     ),
     Stage(
         "harden",
-        2,
+        3,
         "adversarial training of the classifier",
         _harden_sections,
         _harden_inputs,

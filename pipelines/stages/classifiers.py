@@ -23,7 +23,7 @@ from pipelines.context import STATE, Context
 from pipelines.data import ImageData, data_digest, split, to_float
 from pipelines.defences import behind, load_run_filter
 from pipelines.own import load_own_classifier
-from pipelines.stage import FACTS, Plan, settings_of, write_json
+from pipelines.stage import FACTS, Plan, figures, settings_of, write_json
 
 VARIANT = "variant.json"
 # Training images that classifiers never see, on which their trainings are judged.
@@ -84,10 +84,7 @@ def harden(context: Context) -> dict[str, Any]:
             finally:
                 own.close()
             facts = {"fingerprint": _fingerprint(context, variant), "metrics": metrics}
-            own.say(
-                f"{own.stage}: test accuracy {metrics['test_accuracy']:.4g}, "
-                f"pgd20 accuracy {metrics['pgd20_accuracy']:.4g}"
-            )
+            own.say(f"{own.stage}: {', '.join(figures(metrics))}")
             if context.main:
                 write_json(own.folder / VARIANT, facts)
                 (own.folder / STATE).unlink(missing_ok=True)
@@ -133,7 +130,7 @@ def _fingerprint(context: Context, variant: HardenConfig) -> str:
     for name in needed:
         facts = context.inputs[name] / FACTS
         inputs[name] = json.loads(facts.read_text())["fingerprint"] if facts.exists() else ""
-    return Plan("harden", 1, settings_of(config, sections, data_digest(config.data)), inputs).fingerprint
+    return Plan("harden", 2, settings_of(config, sections, data_digest(config.data)), inputs).fingerprint
 
 
 def _harden(own: Context, context: Context, variant: HardenConfig) -> dict[str, Any]:
@@ -157,8 +154,10 @@ def _harden(own: Context, context: Context, variant: HardenConfig) -> dict[str, 
     x, y = context.test_images(500)
     threat = variant.objective.threat or Threat("linf", 0.15)
     deployed = behind(variant.behind, hardened, filter)
+    proved = _proved(variant.objective, deployed, x, y)
     return {
         **metrics,
+        **({} if proved is None else {"proved_accuracy": proved}),
         "pgd20_norm": threat.norm,
         "pgd20_eps": threat.eps,
         "pgd20_accuracy": _accuracy(deployed, x, y, threat, steps=20, seed=context.config.seed),
@@ -192,6 +191,9 @@ def _train(
         clean = _accuracy(deployed, x, y)
         if objective.threat is None:
             return clean, clean
+        proved = _proved(objective, deployed, x, y)
+        if proved is not None:
+            return clean, proved
         return clean, _accuracy(deployed, x, y, objective.threat, steps=_VALIDATION_STEPS, seed=0)
 
     loop = train_classifier(
@@ -230,6 +232,17 @@ def _reconstructed(context: Context, data: ImageData, filter: ManifoldFilter) ->
 
     (images,) = context.map_images(reconstruct, len(data.labels), 500)
     return ImageData(images, data.labels)
+
+
+def _proved(objective: Objective, model: Classifier, x: Tensor, y: Tensor) -> float | None:
+    """Share of images (N, C, H, W) that the objective itself proves; None if it proves nothing."""
+    proofs = []
+    for images, labels in zip(x.split(500), y.split(500), strict=True):
+        proof = objective.proved(model, images, labels)
+        if proof is None:
+            return None
+        proofs.append(proof)
+    return float(torch.cat(proofs).float().mean())
 
 
 def _accuracy(
