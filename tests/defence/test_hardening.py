@@ -16,7 +16,7 @@ from gan.optimisation import seeded
 from gan.sampling import batch_indices
 from manifold_defense import DefendedClassifier, ManifoldFilter, ProjectionConfig
 from manifold_defense.attacks import pgd
-from manifold_defense.certification import interval_logits
+from manifold_defense.certification import interval_certificates, interval_logits
 from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
 from manifold_defense.evaluation.baselines import BitDepth, Jpeg, Preprocessed
 from manifold_defense.hardening import (
@@ -276,6 +276,34 @@ def test_interval_bounds_grow_to_the_whole_radius(digits: Any) -> None:
         objective(with_batch_statistics(), x, y, Step())
     with pytest.raises(TypeError, match="cannot follow Jpeg"):
         objective(Preprocessed(Jpeg(), classifier()), x, y, Step())
+
+
+def test_an_objective_that_proves_says_what(digits: Any) -> None:
+    """As the certificates do, for the label that is asked for; none of the others proves anything."""
+    x, y = digits[0][:50], digits[1][:50]
+    model = classifier()
+    prediction, radius = interval_certificates(model, x)
+    eps = float(radius[prediction == y].median())
+    proved = IntervalBounds(eps=eps).proved(model, x, y)
+    assert torch.equal(proved, (prediction == y) & (radius >= eps))
+    assert 0 < proved.sum() < (prediction == y).sum()
+    assert not IntervalBounds(eps=eps).proved(model, x, (prediction + 1) % 10).any()
+    others = [objective for objective in SMALL.values() if not isinstance(objective, IntervalBounds)]
+    assert all(objective.proved(model, x, y) is None for objective in others)
+
+
+def test_without_a_clean_share_there_is_no_clean_pass(digits: Any) -> None:
+    x, y = digits[0][:5], digits[1][:5]
+    model = classifier()
+
+    def refused(*_: Any) -> None:
+        raise AssertionError("called")
+
+    model.register_forward_pre_hook(refused)
+    bounds = F.cross_entropy(interval_logits(model, x, y, 0.05), y, reduction="none")
+    assert torch.equal(IntervalBounds(eps=0.05, kappa=0.0)(model, x, y, Step()), bounds)
+    with pytest.raises(AssertionError, match="called"):
+        IntervalBounds(eps=0.05, kappa=0.1)(model, x, y, Step())
 
 
 def test_pairs_keep_the_label_of_their_image(digits: Any) -> None:

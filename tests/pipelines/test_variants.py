@@ -10,8 +10,9 @@ import torch
 from pipelines_support import invoke, settings
 
 from manifold_defense import load_classifier
-from pipelines.data import load_data
-from pipelines.defences import compared
+from manifold_defense.certification import interval_certificates
+from pipelines.data import load_data, to_float
+from pipelines.defences import behind, compared
 from pipelines.settings import load_config
 from pipelines.stages.classifiers import held_out
 
@@ -42,7 +43,7 @@ training = { images = 640 }
 name = "coarse"
 behind = "bit_depth"
 start = "hardened"
-objective = { name = "clean" }
+objective = { name = "interval_bounds", eps = 0.002 }
 training = { images = 128 }
 
 [[harden]]
@@ -106,6 +107,19 @@ def test_every_variant_has_its_folder(home):
         assert 0 <= metrics["pgd20_accuracy"] <= 1
         assert len(metrics["validations"]) >= 2
         assert all(0 <= robust <= 1 and seen for seen, _, robust in metrics["validations"])
+
+
+def test_a_training_that_proves_is_judged_by_its_proofs(home):
+    facts = json.loads((home / "harden" / "stage.json").read_text())["metrics"]["variants"]
+    assert {name for name, metrics in facts.items() if "proved_accuracy" in metrics} == {"coarse"}
+    assert facts["coarse"]["proved_accuracy"] <= facts["coarse"]["pgd20_accuracy"]
+    judged, _ = held_out(load_data(load_config(None, ["data.train_images=300"]).data).train)
+    model = behind("bit_depth", load_classifier(home / "harden" / "coarse"), None)
+    prediction, radius = interval_certificates(model, to_float(judged.images))
+    proved = ((prediction == judged.labels) & (radius >= 0.002)).float().mean()
+    best = max(robust for _, _, robust in facts["coarse"]["validations"])
+    assert 0 < best < 1
+    assert best == pytest.approx(float(proved), abs=1e-6)
 
 
 def test_what_has_not_changed_is_taken_over(home, tmp_path):
