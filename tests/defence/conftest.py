@@ -1,4 +1,4 @@
-"""A small classifier of digits' size, bare and behind a filter."""
+"""A small classifier of digits' size, bare and behind a filter; a filter whose manifold is known."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from manifold_defense import DefendedClassifier, ManifoldFilter, ProjectionConfig
+from tests.defence.hardening_support import Encoder, Mixtures
 
 
 @pytest.fixture
@@ -20,3 +21,9 @@ def classifier() -> nn.Module:
 def defended(linear: Any, classifier: nn.Module) -> DefendedClassifier:
     filter = ManifoldFilter(linear.float(), config=ProjectionConfig("gd", "origin", steps=30))
     return DefendedClassifier(filter, classifier)
+
+
+@pytest.fixture(scope="module")
+def manifold(digits: Any) -> ManifoldFilter:
+    mixtures = Mixtures(digits[0])
+    return ManifoldFilter(mixtures, Encoder(mixtures), ProjectionConfig(steps=0))

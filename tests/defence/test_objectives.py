@@ -1,0 +1,227 @@
+"""Objectives: what each is, on known models; and that a step down its gradient lowers it."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from manifold_defense import ManifoldFilter, ProjectionConfig
+from manifold_defense.certification import interval_certificates, interval_logits
+from manifold_defense.evaluation.baselines import Jpeg, Preprocessed
+from manifold_defense.hardening import (
+    OBJECTIVES,
+    Clean,
+    Curriculum,
+    Distillation,
+    GradientPenalty,
+    IntervalBounds,
+    Objective,
+    Pgd,
+    RobustManifold,
+    Step,
+    Trades,
+)
+from tests.defence.hardening_support import SMALL, classifier, with_batch_statistics
+
+
+def test_every_objective_is_tested() -> None:
+    assert {type(objective) for objective in SMALL.values()} == set(OBJECTIVES)
+    assert len({kind.name for kind in OBJECTIVES}) == len(OBJECTIVES)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_step_down_the_gradient_lowers_the_loss(digits: Any, manifold: ManifoldFilter, name: str) -> None:
+    """By what the gradient says, to first order: the inner attack is held where it was (Danskin)."""
+    x, y = digits[0][:32], digits[1][:32]
+    model, step = classifier(), Step(seed=3, manifold=manifold)
+    before = SMALL[name](model, x, y, step).mean()
+    before.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0.01 * parameter.grad
+    assert SMALL[name](model, x, y, step).mean() < before
+
+
+# --- Objectives ---
+
+
+def losses_of(objective: Objective, x: Tensor, y: Tensor, **step: Any) -> Tensor:
+    return objective(classifier(), x, y, Step(**step))
+
+
+_NO_DRAWS = ("clean", "mixture", "penalty-linf", "penalty-l2", "distillation", "interval_bounds")
+
+
+# Not above the clean loss image by image: what they add is no attack on the images.
+_NO_ATTACK = ("clean", "noise", "latent", "dual", "distillation")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_objective_is_one_loss_an_image(digits: Any, manifold: ManifoldFilter, name: str) -> None:
+    x, y = digits[0][:6], digits[1][:6]
+    state = torch.random.get_rng_state()
+    loss = losses_of(SMALL[name], x, y, manifold=manifold)
+    assert loss.shape == (6,)
+    assert loss.requires_grad
+    assert torch.equal(loss, losses_of(SMALL[name], x, y, manifold=manifold))
+    assert torch.equal(state, torch.random.get_rng_state())
+    if name not in _NO_DRAWS:
+        assert not torch.equal(loss, losses_of(SMALL[name], x, y, manifold=manifold, seed=1))
+    if name not in _NO_ATTACK:
+        assert loss.sum() > losses_of(Clean(), x, y).sum()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_penalty_is_the_slope_of_the_loss(digits: Any, norm: Any) -> None:
+    """Finite differences along the steepest direction of the ball, in float64."""
+    x, y = digits[0][:8].double(), digits[1][:8]
+    model = classifier().double()
+    clean = Clean()(model, x, y, Step())
+    found = (GradientPenalty(norm=norm, eps=1.0)(model, x, y, Step()) - clean).detach()
+    x.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(Clean()(model, x, y, Step()).sum(), x)
+    direction = (
+        gradient.sign() if norm == "linf" else gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    )
+    h = 1e-6
+    with torch.no_grad():
+        up, down = (Clean()(model, x + s * h * direction, y, Step()) for s in (1, -1))
+    torch.testing.assert_close(found, (up - down) / (2 * h), rtol=1e-4, atol=1e-8)
+
+
+def test_trades_weighs_the_gap_to_the_clean_answer(digits: Any) -> None:
+    x, y = digits[0][:20], digits[1][:20]
+    clean = losses_of(Clean(), x, y)
+    gaps = [losses_of(Trades(eps=0.1, steps=3, beta=beta), x, y) - clean for beta in (1.0, 3.0)]
+    assert (gaps[0] > 0).all()
+    torch.testing.assert_close(gaps[1], 3 * gaps[0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_curriculum_changes_the_ball(digits: Any) -> None:
+    x, y = digits[0][:20], digits[1][:20]
+    objective = Curriculum(eps_l2=0.8, eps=0.1, steps=3, switch=0.5)
+    torch.testing.assert_close(losses_of(objective, x, y, progress=0.0), losses_of(Clean(), x, y))
+    for progress, ball in ((0.49, Pgd(norm="l2", eps=0.8, steps=3)), (1.0, Pgd(eps=0.1, steps=3))):
+        torch.testing.assert_close(losses_of(objective, x, y, progress=progress), losses_of(ball, x, y))
+
+
+def test_distillation_learns_the_teachers_answers_at_the_temperature(digits: Any) -> None:
+    x, y = digits[0][:20], digits[1][:20]
+    teacher, objective = classifier(seed=5), Distillation(temperature=4.0)
+    soft = (teacher(x) / 4).softmax(1)
+    expected = -(soft * (classifier()(x) / 4).log_softmax(1)).sum(1)
+    torch.testing.assert_close(losses_of(objective, x, y, teacher=teacher), expected)
+    torch.testing.assert_close(
+        losses_of(objective, x, y), F.cross_entropy(classifier()(x) / 4, y, reduction="none")
+    )
+
+
+def test_interval_bounds_grow_to_the_whole_radius(digits: Any) -> None:
+    x, y = digits[0][:20], digits[1][:20]
+    objective, clean = IntervalBounds(eps=0.05, kappa=0.25, warmup=0.1, ramp=0.5), losses_of(Clean(), x, y)
+    torch.testing.assert_close(losses_of(objective, x, y, progress=0.1), clean)
+    bounds = F.cross_entropy(interval_logits(classifier(), x, y, 0.05), y, reduction="none")
+    torch.testing.assert_close(losses_of(objective, x, y, progress=0.6), 0.25 * clean + 0.75 * bounds)
+    with pytest.raises(TypeError, match="ImageClassifier, got Sequential"):
+        objective(with_batch_statistics(), x, y, Step())
+    with pytest.raises(TypeError, match="cannot follow Jpeg"):
+        objective(Preprocessed(Jpeg(), classifier()), x, y, Step())
+
+
+def test_an_objective_that_proves_says_what(digits: Any) -> None:
+    """As the certificates do, for the label that is asked for; none of the others proves anything."""
+    x, y = digits[0][:50], digits[1][:50]
+    model = classifier()
+    prediction, radius = interval_certificates(model, x)
+    eps = float(radius[prediction == y].median())
+    proved = IntervalBounds(eps=eps).proved(model, x, y)
+    assert torch.equal(proved, (prediction == y) & (radius >= eps))
+    assert 0 < proved.sum() < (prediction == y).sum()
+    assert not IntervalBounds(eps=eps).proved(model, x, (prediction + 1) % 10).any()
+    others = [objective for objective in SMALL.values() if not isinstance(objective, IntervalBounds)]
+    assert all(objective.proved(model, x, y) is None for objective in others)
+
+
+def test_without_a_clean_share_there_is_no_clean_pass(digits: Any) -> None:
+    x, y = digits[0][:5], digits[1][:5]
+    model = classifier()
+
+    def refused(*_: Any) -> None:
+        raise AssertionError("called")
+
+    model.register_forward_pre_hook(refused)
+    bounds = F.cross_entropy(interval_logits(model, x, y, 0.05), y, reduction="none")
+    assert torch.equal(IntervalBounds(eps=0.05, kappa=0.0)(model, x, y, Step()), bounds)
+    with pytest.raises(AssertionError, match="called"):
+        IntervalBounds(eps=0.05, kappa=0.1)(model, x, y, Step())
+
+
+def test_pairs_keep_the_label_of_their_image(digits: Any) -> None:
+    """On a line with a known boundary: latents below 0 are one class, those above the other."""
+
+    class Line(nn.Module):
+        latent_dim, image_shape = 1, (1, 1, 2)
+
+        def forward(self, z: Tensor) -> Tensor:
+            return torch.stack([0.5 + z / 8, 0.5 - z / 8], 2).unsqueeze(1).squeeze(3).clamp(0, 1)
+
+    class Back(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 8 * (x.flatten(1)[:, :1] - 0.5)
+
+    def wrong(x: Tensor) -> Tensor:
+        """A model that draws the boundary at 1, where the true one is at 0."""
+        z = 8 * (x.flatten(1)[:, :1] - 0.5)
+        return torch.cat([1 - z, z - 1], 1)
+
+    line = ManifoldFilter(Line(), Back(), ProjectionConfig(steps=0))
+    z = torch.tensor([[-2.0], [-0.9], [0.8], [1.2], [2.0]])
+    y = (z > 0).long().squeeze(1)
+    objective = RobustManifold(eps=0.0, pairs=5, pair_eps=0.2, pair_steps=60, spread=0.05)
+    ends, labels = objective.label_consistent_pairs(wrong, Line()(z), y, Step(manifold=line))
+    assert len(labels) > 0
+    assert (labels == 1).all()  # around 1 the true label is that of the upper half
+    first, second = Back()(ends).squeeze(1).chunk(2)
+    assert ((first - 1) * (second - 1) < 0).all()  # told apart by the model
+    assert (first > 0).all()
+    assert (second > 0).all()
+    # Where the model's boundary is the true one, no pair is left to learn from.
+    ends, labels = objective.label_consistent_pairs(
+        lambda x: wrong(x) + torch.tensor([-1.0, 1.0]), Line()(z), y, Step(manifold=line)
+    )
+    assert len(labels) == 0
+    assert ends.shape == (0, 1, 1, 2)
+
+
+@pytest.mark.parametrize("name", ["latent", "dual", "robust_manifold"])
+def test_an_objective_on_the_manifold_says_what_it_misses(digits: Any, name: str) -> None:
+    with pytest.raises(ValueError, match="needs a filter with an encoder"):
+        losses_of(SMALL[name], digits[0][:4], digits[1][:4])
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_a_setting_out_of_range_is_named(kind: Any) -> None:
+    for key in ("eps", "steps", "sigma", "temperature", "beta", "pair_eps"):
+        if key in kind.__dataclass_fields__:
+            with pytest.raises(ValueError, match=f"^{key}: expected"):
+                kind(**{key: -1})
+
+
+def test_the_radius_ramps(digits: Any) -> None:
+    x, y = digits[0][:20], digits[1][:20]
+    objective, clean = Pgd(eps=0.2, steps=3, ramp=0.5), losses_of(Clean(), x, y)
+    torch.testing.assert_close(losses_of(objective, x, y, progress=0.0), clean)
+    means = [float(losses_of(objective, x, y, progress=p).mean().detach()) for p in (0, 0.25, 0.5, 1)]
+    assert means[0] < means[1] < means[2] == means[3]
+    constant = Pgd(eps=0.2, steps=3, ramp=0.0)
+    assert float(losses_of(constant, x, y, progress=0.0).mean().detach()) == means[3]
+
+
+def test_clean_share_blends(digits: Any) -> None:
+    x, y = digits[0][:20], digits[1][:20]
+    clean = losses_of(Clean(), x, y)
+    hard = losses_of(Pgd(steps=3), x, y)
+    mixed = losses_of(Pgd(steps=3, clean_share=0.25), x, y)
+    torch.testing.assert_close(mixed, 0.25 * clean + 0.75 * hard)
