@@ -166,18 +166,20 @@ class HardenConfig:
 class CertifyConfig:
     """What is proved of every classifier of the run, on `images` test images (0: all).
 
-    methods            lipschitz and smoothing: L2; intervals: L∞; distance: L2, of a classifier of its own
+    methods            lipschitz and smoothing: L2; intervals: L∞; branching: L∞, behind binarise alone;
+                       distance: L2, of a classifier of its own
     radii_l2, _linf    where certified accuracy is tabulated, and PGD tried against the proofs
     smoothing          noise, draws and level of randomized smoothing, of classifiers bare and filtered
     bank               training images that the distance classifier keeps, the first of a stratified shuffle
     patches            affine patches that it makes of them for each class (0: the images themselves)
     directions         dimensions of a patch
+    boxes              that branching may bound for an image and a radius
     """
 
     __pydantic_config__: ClassVar = _STRICT
 
     images: int = 50
-    methods: tuple[Literal["lipschitz", "intervals", "smoothing", "distance"], ...] = (
+    methods: tuple[Literal["lipschitz", "intervals", "branching", "smoothing", "distance"], ...] = (
         "lipschitz",
         "intervals",
         "smoothing",
@@ -189,13 +191,13 @@ class CertifyConfig:
     bank: int = 2_000
     patches: int = 0
     directions: int = 8
+    boxes: int = 2_000
 
     def __post_init__(self) -> None:
-        for name in ("images", "patches", "directions"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
-        if self.bank < 1:
-            raise ValueError(f"bank: expected at least 1, got {self.bank}")
+        least = {"images": 0, "patches": 0, "directions": 0, "bank": 1, "boxes": 1}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name}: expected at least {minimum}, got {getattr(self, name)}")
         for name in ("radii_l2", "radii_linf"):
             radii = getattr(self, name)
             if not radii or not all(0 < radius < float("inf") for radius in radii):

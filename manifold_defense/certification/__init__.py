@@ -5,6 +5,7 @@ that it was made of, up to the rounding of its arithmetic; a radius of 0 says th
 that the image is safe at 0.
 """
 
+from manifold_defense.certification.branching import Verdicts, branching_certificates, decide
 from manifold_defense.certification.certificates import ABSTAINED, Certificates, certified_accuracy
 from manifold_defense.certification.distance import PatchClassifier, fit_patches
 from manifold_defense.certification.intervals import interval_certificates, interval_logits, intervals_prove
@@ -23,7 +24,10 @@ __all__ = [
     "Clipped",
     "PatchClassifier",
     "SmoothingConfig",
+    "Verdicts",
+    "branching_certificates",
     "certified_accuracy",
+    "decide",
     "fit_patches",
     "interval_certificates",
     "interval_logits",

@@ -10,6 +10,7 @@ from manifold_defense.certification.certificates import Certificates
 from manifold_defense.certification.lipschitz import chain
 from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.evaluation.baselines import Preprocessed
+from manifold_defense.types import Classifier
 
 _BISECTIONS = 12
 
@@ -34,9 +35,16 @@ def interval_logits(model: Bounded, x: Tensor, y: Tensor, eps: float | Tensor) -
         lower, upper, inner = model.preprocess(lower), model.preprocess(upper), model.classifier
     else:
         inner = model
-    if not isinstance(inner, ImageClassifier):
-        raise TypeError(f"interval bounds follow an ImageClassifier, got {type(inner).__name__}")
-    model = inner
+    return box_logits(inner, lower, upper, y)
+
+
+def box_logits(model: Classifier, lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
+    """Upper bounds (N, K) of `Z_j − Z_y` between images lower and upper (N, C, H, W); 0 at y (N,).
+
+    Raises TypeError for a model that the bounds cannot follow.
+    """
+    if not isinstance(model, ImageClassifier):
+        raise TypeError(f"interval bounds follow an ImageClassifier, got {type(model).__name__}")
     lower, upper = (lower - model.mean) / model.std, (upper - model.mean) / model.std
     centre, radius = (lower + upper) / 2, (upper - lower) / 2
     for layer in chain(model.body):

@@ -22,6 +22,7 @@ from manifold_defense.attacks import pgd
 from manifold_defense.certification import (
     Certificates,
     Clipped,
+    branching_certificates,
     certified_accuracy,
     fit_patches,
     interval_certificates,
@@ -38,10 +39,6 @@ from pipelines.defences import PREPROCESSING, behind, load_parts
 
 _CHUNK = 10  # images between two savings
 _ATTACK_STEPS = 40
-_BOUNDS: tuple[tuple[str, Ball, Callable[..., Certificates]], ...] = (
-    ("lipschitz", "l2", lipschitz_certificates),
-    ("intervals", "linf", interval_certificates),
-)
 
 
 @dataclass(frozen=True)
@@ -101,8 +98,14 @@ def _proofs(context: Context) -> Iterator[Proof]:
         # What is deployed behind a preprocessing is proved behind it, the filter stands beside.
         place = variant.behind if variant.behind in PREPROCESSING else ""
         classifiers[variant.name] = behind(place, model.to(context.fabric.device), None)
+    branching = partial(branching_certificates, radii=config.radii_linf, boxes=config.boxes)
+    bounds: tuple[tuple[str, Ball, Callable[..., Certificates]], ...] = (
+        ("lipschitz", "l2", lipschitz_certificates),
+        ("intervals", "linf", interval_certificates),
+        ("branching", "linf", branching),
+    )
     for name, classifier in classifiers.items():
-        for method, norm, certify in _BOUNDS:
+        for method, norm, certify in bounds:
             if method in config.methods and _follows(context, name, certify, classifier):
                 yield Proof(name, method, norm, partial(certify, classifier), classifier)
         if "smoothing" in config.methods:

@@ -17,6 +17,10 @@ from pipelines.settings import load_config
 from pipelines.stages.classifiers import held_out
 
 VARIANTS = """
+[certify]
+methods = ["lipschitz", "intervals", "branching", "smoothing", "distance"]
+boxes = 20
+
 [[harden]]
 name = "hardened"
 objective = { steps = 2 }
@@ -48,7 +52,7 @@ training = { images = 128 }
 
 [[harden]]
 name = "narrow"
-behind = "blur"
+behind = "binarise"
 architecture = { width = 4 }
 objective = { name = "clean" }
 training = { images = 640 }
@@ -196,6 +200,13 @@ def test_the_evaluation_attacks_each_and_certify_proves_each(home):
     found = {(line["defence"], line["method"]) for line in certified["lines"]}
     assert {("undefended", "smoothing"), ("filter", "smoothing"), ("distance", "distance")} <= found
     assert {("hardened", "intervals"), ("through+filter", "smoothing"), ("student", "lipschitz")} <= found
+    proved = {(line["defence"], line["method"]): line["certified"] for line in certified["lines"]}
+    assert [defence for defence, method in proved if method == "branching"] == ["narrow"]
+    assert "hardened is left out: branch and bound follows a classifier behind Binarise" in result.output
+    assert all(
+        proved["narrow", "branching"][radius] >= share
+        for radius, share in proved["narrow", "intervals"].items()
+    )
     for line in certified["lines"]:
         assert line["contradicted"] == 0
         shares = list(line["certified"].values())

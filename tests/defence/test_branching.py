@@ -1,0 +1,137 @@
+"""Branch and bound behind a threshold, against all images of a box, one by one."""
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gan.optimisation import seeded
+from manifold_defense.certification import (
+    branching_certificates,
+    decide,
+    interval_certificates,
+    intervals_prove,
+)
+from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
+from manifold_defense.evaluation.baselines import Binarise, Blur, Preprocessed
+
+EPS = 0.2
+
+
+@pytest.fixture(scope="module")
+def binarised(digits: Any) -> Preprocessed:
+    """Trained a little on binarised digits: some boxes are proved, some are not."""
+    x, y = digits
+    model = Preprocessed(
+        Binarise(), seeded(0, lambda: ImageClassifier((1, 8, 8), 10, ArchitectureConfig(width=4)))
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def boxes_of(x: Tensor, count: int) -> Tensor:
+    """Images (N, C, H, W) whose box holds 2^count binary ones: all but so many pixels lie out of reach."""
+    sure = (x > 0.5).float()
+    near = x.flatten(1).sub(0.5).abs().topk(count, largest=False).indices
+    grey = torch.where(sure.flatten(1).gather(1, near) > 0, 0.6, 0.4)
+    return sure.flatten(1).scatter(1, near, grey).view_as(x)
+
+
+def labels_in(model: Preprocessed, x: Tensor) -> set[int]:
+    """Of every binary image in the box of x (1, 8, 8)."""
+    free = ((x - 0.5).abs() < EPS).flatten().nonzero()[:, 0]
+    every = (x > 0.5).float().flatten().repeat(2 ** len(free), 1)
+    every[:, free] = torch.tensor(list(product((0.0, 1.0), repeat=len(free))))
+    with torch.no_grad():
+        return set(model(every.view(-1, 1, 8, 8)).argmax(1).tolist())
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_decides_as_trying_all_images_does(binarised: Preprocessed, digits: Any, count: int) -> None:
+    x, y = boxes_of(digits[0][:60], count), digits[1][:60]
+    found = decide(binarised, x, y, EPS, boxes=2_000)
+    every = [labels_in(binarised, image) for image in x]
+    expected = torch.tensor([labels == {int(label)} for labels, label in zip(every, y, strict=True)])
+    assert torch.equal(found.proved, expected)
+    assert torch.equal(found.broken, ~expected)
+    # The bounds alone do not come as far.
+    alone = intervals_prove(binarised, x, y, EPS)
+    assert (alone <= expected).all()
+    assert alone.sum() < expected.sum() < len(x)
+
+
+def test_an_image_that_refutes_is_one(binarised: Preprocessed, digits: Any) -> None:
+    x, y = digits[0][:60], digits[1][:60]
+    found = decide(binarised, x, y, EPS, boxes=50)
+    assert 0 < found.broken.sum() < len(x)
+    assert not (found.proved & found.broken).any()
+    moved = found.x_adv[found.broken]
+    assert (moved - x[found.broken]).abs().max() <= EPS + 1e-6
+    assert moved.min() >= 0
+    assert moved.max() <= 1
+    with torch.no_grad():
+        assert (binarised(moved).argmax(1) != y[found.broken]).all()
+    assert torch.equal(found.x_adv[~found.broken], x[~found.broken])
+
+
+def test_one_box_is_the_bounds_and_more_boxes_decide_more(binarised: Preprocessed, digits: Any) -> None:
+    x, y = digits[0][:60], digits[1][:60]
+    few, some = (decide(binarised, x, y, 0.04, boxes=boxes) for boxes in (1, 200))
+    assert torch.equal(few.proved, intervals_prove(binarised, x, y, 0.04))
+    assert few.proved.any()
+    assert (some.proved >= few.proved).all()
+    assert (some.broken >= few.broken).all()
+    assert (some.proved | some.broken).sum() > (few.proved | few.broken).sum()
+
+
+def test_an_image_is_decided_by_itself(binarised: Preprocessed, digits: Any) -> None:
+    x, y = digits[0][:12], digits[1][:12]
+    together = decide(binarised, x, y, EPS, boxes=100)
+    for i in range(len(x)):
+        alone = decide(binarised, x[i : i + 1], y[i : i + 1], EPS, boxes=100)
+        assert all(torch.equal(a[i : i + 1], b) for a, b in zip(together, alone, strict=True))
+    none = decide(binarised, x[:0], y[:0], EPS)
+    assert [value.shape for value in none] == [(0,), (0,), (0, 1, 8, 8)]
+
+
+def test_what_is_wrong_already_is_broken_by_itself(binarised: Preprocessed, digits: Any) -> None:
+    x = digits[0][:5]
+    wrong = (binarised(x).argmax(1) + 1) % 10
+    found = decide(binarised, x, wrong, 0.0)
+    assert found.broken.all()
+    assert torch.equal(found.x_adv, x)
+
+
+def test_the_radius_is_the_largest_of_those_asked(binarised: Preprocessed, digits: Any) -> None:
+    x, radii = digits[0][:40], (0.2, 0.05, 0.1)
+    found = branching_certificates(binarised, x, radii=radii, boxes=200)
+    bounds = interval_certificates(binarised, x)
+    assert torch.equal(found.prediction, bounds.prediction)
+    of_bounds = torch.zeros(len(x))
+    for eps in sorted(radii):
+        of_bounds[intervals_prove(binarised, x, bounds.prediction, eps)] = eps
+        proved = decide(binarised, x, bounds.prediction, eps, boxes=200).proved
+        assert torch.equal(found.radius >= eps, proved)
+    assert (found.radius >= of_bounds).all()
+    assert (found.radius > of_bounds).any()
+    assert {round(value, 6) for value in found.radius.tolist()} == {0.0, *radii}
+
+
+def test_says_what_it_cannot_follow(binarised: Preprocessed, digits: Any) -> None:
+    x, y = digits[0][:2], digits[1][:2]
+    for model in (binarised.classifier, Preprocessed(Blur(), binarised.classifier)):
+        follows: Any = model
+        with pytest.raises(TypeError, match="behind Binarise, got "):
+            decide(follows, x, y, EPS)
+    with pytest.raises(TypeError, match="ImageClassifier, got Sequential"):
+        decide(Preprocessed(Binarise(), nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), x, y, EPS)
+    with pytest.raises(ValueError, match="eps: expected at least 0, got nan"):
+        decide(binarised, x, y, float("nan"))
+    with pytest.raises(ValueError, match="boxes: expected at least 1, got 0"):
+        decide(binarised, x, y, EPS, boxes=0)
