@@ -11,12 +11,13 @@ import torch
 from manifold_defense import PRESETS, load_classifier, load_filter
 
 MNIST = Path(__file__).parents[1] / "zoo" / "mnist"
+FILTERS = ("filter", "filter-windows", "filter-fitted")
 WEIGHTS = sorted(MNIST.glob("*/*.safetensors"))
 
 
 def test_there_is_a_filter_and_its_classifiers() -> None:
-    names = ["classifier", "classifier-behind", "classifier-pgd", "filter", "filter-windows", "undefended"]
-    assert [path.parent.name for path in WEIGHTS] == names
+    classifiers = {"classifier", "classifier-behind", "classifier-pgd", "undefended"}
+    assert {path.parent.name for path in WEIGHTS} == {*FILTERS, *classifiers}
 
 
 @pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.parent.name)
@@ -28,7 +29,7 @@ def test_weights_are_those_of_the_card(path: Path) -> None:
         assert word in card
 
 
-@pytest.mark.parametrize("name", ["filter", "filter-windows"])
+@pytest.mark.parametrize("name", FILTERS)
 def test_a_filter_redraws_its_own_drawings_and_not_noise(name: str) -> None:
     filter = load_filter(MNIST / name)
     assert filter.config == PRESETS["robust"]
@@ -44,21 +45,30 @@ def test_a_filter_redraws_its_own_drawings_and_not_noise(name: str) -> None:
     assert 0.05 < float(drawn.mean()) < 0.4
 
 
-def test_the_filters_have_one_generator_and_two_encoders() -> None:
-    ours, other = load_filter(MNIST / "filter"), load_filter(MNIST / "filter-windows")
-    pairs = zip(ours.generator.parameters(), other.generator.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+def test_the_filters_have_one_generator_and_an_encoder_each() -> None:
+    first, *others = (load_filter(MNIST / name) for name in FILTERS)
     x = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    assert not torch.equal(ours(x), other(x))
+    drawn = [first(x)]
+    for other in others:
+        pairs = zip(first.generator.parameters(), other.generator.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+        assert not any(torch.equal(other(x), before) for before in drawn)
+        drawn.append(other(x))
 
 
 @pytest.mark.parametrize(
-    ("name", "strength"),
-    [("classifier", 1.0), ("classifier-behind", 0.3), ("classifier-pgd", 1.0), ("undefended", 1.0)],
+    ("before", "name", "strength"),
+    [
+        ("filter", "classifier", 1.0),
+        ("filter", "classifier-behind", 0.3),
+        ("filter", "classifier-pgd", 1.0),
+        ("filter", "undefended", 1.0),
+        ("filter-fitted", "undefended", 1.0),
+    ],
 )
-def test_a_classifier_sees_what_the_filter_keeps(name: str, strength: float) -> None:
+def test_a_classifier_sees_what_the_filter_keeps(before: str, name: str, strength: float) -> None:
     """Of confident drawings, most keep their class."""
-    filter, classifier = load_filter(MNIST / "filter"), load_classifier(MNIST / name)
+    filter, classifier = load_filter(MNIST / before), load_classifier(MNIST / name)
     filter = filter.configured(replace(filter.config, strength=strength))
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
