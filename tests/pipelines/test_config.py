@@ -111,6 +111,8 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
         ("harden={objective={name='noise'}, behind='filter'}", "behind: a filter takes images in [0, 1]"),
         ("harden={objective={name='gradient_penalty'}, behind='filter'}", "cannot be differentiated again"),
         ("certify.radii_l2=[]", "radii_l2: expected at least one"),
+        ("certify.boxes=0", "boxes: expected at least 1, got 0"),
+        ("certify.bank=0", "bank: expected at least 1, got 0"),
         ("certify.smoothing.sigma=0", "sigma: expected above 0"),
         ("fabric.precision=8", "fabric.precision"),
     ],
