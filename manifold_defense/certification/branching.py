@@ -43,9 +43,11 @@ def decide(model: Preprocessed, x: Tensor, y: Tensor, eps: float, *, boxes: int 
         raise ValueError(f"boxes: expected at least 1, got {boxes}")
     lower, upper = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
     black, white, own = (model.preprocess.deployed(images) for images in (lower, upper, x))
-    proved = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    broken, x_adv = proved.clone(), x.clone()
-    for i in range(len(x)):
+    with torch.no_grad():
+        broken = model(x).argmax(1) != y
+        proved = ~broken & (_worst(model.classifier, black, white, y) < 0)
+    x_adv = x.clone()
+    for i in (~proved & ~broken).nonzero()[:, 0].tolist():
         found = _search(model.classifier, black[i], white[i], y[i], boxes)
         if isinstance(found, Tensor):
             broken[i] = True
@@ -105,7 +107,7 @@ def _search(model: Classifier, black: Tensor, white: Tensor, y: Tensor, boxes: i
 
 
 def _worst(model: Classifier, lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
-    """The largest bound (B,) of another class's lead over y () in each box (B, C, H, W)."""
+    """The largest bound (B,) of another class's lead over y, () or (B,), in each box (B, C, H, W)."""
     labels = y.expand(len(lower))
     return box_logits(model, lower, upper, labels).scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
 

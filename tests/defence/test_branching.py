@@ -100,10 +100,11 @@ def test_an_image_is_decided_by_itself(binarised: Preprocessed, digits: Any) -> 
     assert [value.shape for value in none] == [(0,), (0,), (0, 1, 8, 8)]
 
 
-def test_what_is_wrong_already_is_broken_by_itself(binarised: Preprocessed, digits: Any) -> None:
-    x = digits[0][:5]
-    wrong = (binarised(x).argmax(1) + 1) % 10
-    found = decide(binarised, x, wrong, 0.0)
+@pytest.mark.parametrize("eps", [0.0, 0.04])
+def test_what_is_wrong_already_is_broken_by_itself(binarised: Preprocessed, digits: Any, eps: float) -> None:
+    x = digits[0][:60]
+    second = binarised(x).topk(2).indices[:, 1]
+    found = decide(binarised, x, second, eps, boxes=1)
     assert found.broken.all()
     assert torch.equal(found.x_adv, x)
 
