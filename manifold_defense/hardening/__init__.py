@@ -4,9 +4,10 @@ The loop (`manifold_defense.hardening.training`) needs lightning-fabric and is i
 """
 
 from manifold_defense.hardening.adversarial import Curriculum, Fast, Mixture, Pgd, Trades
+from manifold_defense.hardening.bounds import IntervalBounds
 from manifold_defense.hardening.objective import Objective, Step
 from manifold_defense.hardening.on_manifold import Dual, Latent, RobustManifold
-from manifold_defense.hardening.pointwise import Clean, Distillation, GradientPenalty, IntervalBounds, Noise
+from manifold_defense.hardening.pointwise import Clean, Distillation, GradientPenalty, Noise
 
 # Every objective by its name in a configuration.
 OBJECTIVES = (

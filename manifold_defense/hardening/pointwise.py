@@ -1,17 +1,16 @@
-"""Training without an inner attack: clean, by penalty, by bounds, by a teacher, under noise."""
+"""Training without an inner attack: clean, by penalty, by a teacher, under noise."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manifold_defense.certification.intervals import Bounded, interval_logits, intervals_prove
-from manifold_defense.hardening.objective import Base, InBall, Step, check, ramped
-from manifold_defense.types import Classifier, Threat
+from manifold_defense.hardening.objective import Base, InBall, Step, check
+from manifold_defense.types import Classifier
 
 
 @dataclass(frozen=True)
@@ -86,40 +85,3 @@ class Distillation(Base):
         with torch.no_grad():
             soft = (step.teacher(x) / self.temperature).softmax(1)
         return F.cross_entropy(logits, soft, reduction="none")
-
-
-@dataclass(frozen=True)
-class IntervalBounds(Base):
-    """Interval bound propagation (Gowal et al. 2018): `κ ℓ(f(x)) + (1 − κ) ℓ(bounds)`.
-
-    After `warmup` of the training, on clean images alone, the radius grows to eps over `ramp` of it while
-    κ falls from 1 to `kappa`. Proves what it gains; the model must be one that the bounds can follow,
-    a binarised one for example.
-    """
-
-    name: Literal["interval_bounds"] = "interval_bounds"
-    eps: float = 0.15
-    kappa: float = 0.5
-    warmup: float = 0.05
-    ramp: float = 0.5
-
-    def __post_init__(self) -> None:
-        check(self, positive=("eps",), shares=("kappa", "warmup", "ramp"))
-
-    @property
-    def threat(self) -> Threat:
-        return Threat("linf", self.eps)
-
-    def proved(self, model: Classifier, x: Tensor, y: Tensor, /) -> Tensor:
-        return intervals_prove(cast(Bounded, model), x, y, self.eps)
-
-    def __call__(self, model: Classifier, x: Tensor, y: Tensor, step: Step, /) -> Tensor:
-        done = ramped(1.0, max(step.progress - self.warmup, 0.0), self.ramp)
-        kappa = 1 - (1 - self.kappa) * done
-        loss = torch.zeros_like(y, dtype=x.dtype)
-        if kappa > 0:
-            loss = loss + kappa * F.cross_entropy(model(x), y, reduction="none")
-        if kappa < 1:
-            bounds = interval_logits(cast(Bounded, model), x, y, self.eps * done)
-            loss = loss + (1 - kappa) * F.cross_entropy(bounds, y, reduction="none")
-        return loss

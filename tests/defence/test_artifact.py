@@ -76,7 +76,7 @@ def test_a_filter_comes_back(tmp_path: Path, shape: tuple[int, int, int], encode
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", ["cnn", "resnet18"])
+@pytest.mark.parametrize("name", ["cnn", "shallow", "resnet18"])
 def test_a_classifier_comes_back(tmp_path: Path, name: str, shape: tuple[int, int, int]) -> None:
     model, x = make_classifier(name, shape), images(shape)
     save_classifier(model.train(), tmp_path, class_names=("a", "b", "c", "d", "ë"))

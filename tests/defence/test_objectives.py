@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from manifold_defense import ManifoldFilter, ProjectionConfig
 from manifold_defense.certification import interval_certificates, interval_logits
-from manifold_defense.evaluation.baselines import Jpeg, Preprocessed
+from manifold_defense.evaluation.baselines import Binarise, Jpeg, Preprocess, Preprocessed
 from manifold_defense.hardening import (
     OBJECTIVES,
     Clean,
@@ -23,6 +23,7 @@ from manifold_defense.hardening import (
     Step,
     Trades,
 )
+from manifold_defense.hardening.adversarial import training_attack
 from tests.defence.hardening_support import SMALL, classifier, with_batch_statistics
 
 
@@ -128,6 +129,21 @@ def test_interval_bounds_grow_to_the_whole_radius(digits: Any) -> None:
         objective(with_batch_statistics(), x, y, Step())
     with pytest.raises(TypeError, match="cannot follow Jpeg"):
         objective(Preprocessed(Jpeg(), classifier()), x, y, Step())
+
+
+@pytest.mark.parametrize("preprocess", [None, Binarise()])
+def test_a_small_box_lies_in_the_ball_around_what_is_found(
+    digits: Any, preprocess: Preprocess | None
+) -> None:
+    x, y = digits[0][:50], digits[1][:50]
+    model: Any = classifier() if preprocess is None else Preprocessed(preprocess, classifier())
+    losses = {box: IntervalBounds(eps=0.2, kappa=0.0, box=box)(model, x, y, Step(seed=1)) for box in (1, 0.3)}
+    found = training_attack(model, x, y, norm="linf", eps=0.14, steps=2, seed=1)
+    at = F.cross_entropy(model(found), y, reduction="none")
+    assert at.mean() > F.cross_entropy(model(x), y)
+    assert (at <= losses[0.3] + 1e-5).all()
+    assert (losses[0.3] <= losses[1] + 1e-5).all()
+    assert at.mean() < 0.99 * losses[0.3].mean() < 0.98 * losses[1].mean()
 
 
 def test_an_objective_that_proves_says_what(digits: Any) -> None:

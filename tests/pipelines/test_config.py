@@ -114,6 +114,9 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
         ("certify.boxes=0", "boxes: expected at least 1, got 0"),
         ("certify.bank=0", "bank: expected at least 1, got 0"),
         ("certify.smoothing.sigma=0", "sigma: expected above 0"),
+        ("harden.objective={name='interval_bounds', box=0}", "box: expected above 0"),
+        ("harden.objective={name='interval_bounds', box=1.5}", "box: expected in [0, 1], got 1.5"),
+        ("harden.objective={name='interval_bounds', steps=0}", "steps: expected above 0"),
         ("fabric.precision=8", "fabric.precision"),
     ],
 )

@@ -1,0 +1,60 @@
+"""Training that proves what it gains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from manifold_defense.certification.intervals import Bounded, interval_logits, intervals_prove
+from manifold_defense.hardening.adversarial import training_attack
+from manifold_defense.hardening.objective import Base, Step, check, ramped
+from manifold_defense.types import Classifier, Threat
+
+
+@dataclass(frozen=True)
+class IntervalBounds(Base):
+    """Interval bound propagation (Gowal et al. 2018): `κ ℓ(f(x)) + (1 − κ) ℓ(bounds)`.
+
+    After `warmup` of the training, on clean images alone, the radius grows to eps over `ramp` of it while
+    κ falls from 1 to `kappa`. With `box` below 1 the bounds are those of a box of `box` times the radius
+    around what an attack of `steps` finds in the rest of it (Müller et al. 2023, SABR): a classifier less
+    held back, of which bounds alone prove less and branch and bound more. The model must be one that the
+    bounds can follow, a binarised one for example.
+    """
+
+    name: Literal["interval_bounds"] = "interval_bounds"
+    eps: float = 0.15
+    kappa: float = 0.5
+    warmup: float = 0.05
+    ramp: float = 0.5
+    box: float = 1.0
+    steps: int = 2
+
+    def __post_init__(self) -> None:
+        check(self, positive=("eps", "box", "steps"), shares=("kappa", "warmup", "ramp", "box"))
+
+    @property
+    def threat(self) -> Threat:
+        return Threat("linf", self.eps)
+
+    def proved(self, model: Classifier, x: Tensor, y: Tensor, /) -> Tensor:
+        return intervals_prove(cast(Bounded, model), x, y, self.eps)
+
+    def __call__(self, model: Classifier, x: Tensor, y: Tensor, step: Step, /) -> Tensor:
+        done = ramped(1.0, max(step.progress - self.warmup, 0.0), self.ramp)
+        kappa = 1 - (1 - self.kappa) * done
+        loss = torch.zeros_like(y, dtype=x.dtype)
+        if kappa > 0:
+            loss = loss + kappa * F.cross_entropy(model(x), y, reduction="none")
+        if kappa < 1:
+            eps, centre = self.eps * done, x
+            if self.box < 1:
+                rest = (1 - self.box) * eps
+                centre = training_attack(model, x, y, norm="linf", eps=rest, steps=self.steps, seed=step.seed)
+            bounds = interval_logits(cast(Bounded, model), centre, y, self.box * eps)
+            loss = loss + (1 - kappa) * F.cross_entropy(bounds, y, reduction="none")
+        return loss
