@@ -24,10 +24,10 @@ def interval_logits(model: Bounded, x: Tensor, y: Tensor, eps: float | Tensor) -
 
     All others below 0: no image of the box is given another label than y (N,). The last layer is joined
     with the difference (Gowal et al. 2018, section 3), so that the cross-entropy of these bounds is an
-    upper bound of the worst one. eps is one radius for all, or one an image (N,). Differentiable in the
-    weights. Raises TypeError for a model that the bounds cannot follow.
+    upper bound of the worst one. eps is one radius for all, one an image (N,) or one a pixel (N, C, H, W).
+    Differentiable in the weights. Raises TypeError for a model that the bounds cannot follow.
     """
-    eps = eps.view(-1, 1, 1, 1) if isinstance(eps, Tensor) else eps
+    eps = eps.view(-1, 1, 1, 1) if isinstance(eps, Tensor) and eps.dim() == 1 else eps
     lower, upper = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
     if isinstance(model, Preprocessed):
         if not model.preprocess.monotone:

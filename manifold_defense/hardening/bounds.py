@@ -20,10 +20,10 @@ class IntervalBounds(Base):
     """Interval bound propagation (Gowal et al. 2018): `κ ℓ(f(x)) + (1 − κ) ℓ(bounds)`.
 
     After `warmup` of the training, on clean images alone, the radius grows to eps over `ramp` of it while
-    κ falls from 1 to `kappa`. With `box` below 1 the bounds are those of a box of `box` times the radius
-    around what an attack of `steps` finds in the rest of it (Müller et al. 2023, SABR): a classifier less
-    held back, of which bounds alone prove less and branch and bound more. The model must be one that the
-    bounds can follow, a binarised one for example.
+    κ falls from 1 to `kappa`. With `free` below 1 only that share of the pixels, drawn anew, is bounded over
+    all its reach; the others stand where an attack of `steps` puts them (after Müller et al. 2023, who bound
+    a smaller box around it): a classifier less held back, of which branch and bound proves more. The model
+    must be one that the bounds can follow, a binarised one for example.
     """
 
     name: Literal["interval_bounds"] = "interval_bounds"
@@ -31,11 +31,11 @@ class IntervalBounds(Base):
     kappa: float = 0.5
     warmup: float = 0.05
     ramp: float = 0.5
-    box: float = 1.0
+    free: float = 1.0
     steps: int = 2
 
     def __post_init__(self) -> None:
-        check(self, positive=("eps", "box", "steps"), shares=("kappa", "warmup", "ramp", "box"))
+        check(self, positive=("eps", "free", "steps"), shares=("kappa", "warmup", "ramp", "free"))
 
     @property
     def threat(self) -> Threat:
@@ -51,10 +51,18 @@ class IntervalBounds(Base):
         if kappa > 0:
             loss = loss + kappa * F.cross_entropy(model(x), y, reduction="none")
         if kappa < 1:
-            eps, centre = self.eps * done, x
-            if self.box < 1:
-                rest = (1 - self.box) * eps
-                centre = training_attack(model, x, y, norm="linf", eps=rest, steps=self.steps, seed=step.seed)
-            bounds = interval_logits(cast(Bounded, model), centre, y, self.box * eps)
+            centre, eps = self._box(model, x, y, self.eps * done, step.seed)
+            bounds = interval_logits(cast(Bounded, model), centre, y, eps)
             loss = loss + (1 - kappa) * F.cross_entropy(bounds, y, reduction="none")
         return loss
+
+    def _box(
+        self, model: Classifier, x: Tensor, y: Tensor, eps: float, seed: int
+    ) -> tuple[Tensor, float | Tensor]:
+        """The middle (N, C, H, W) of what is bounded and its radius, one or one a pixel."""
+        if self.free == 1:
+            return x, eps
+        x_adv = training_attack(model, x, y, norm="linf", eps=eps, steps=self.steps, seed=seed)
+        rng = torch.Generator().manual_seed(seed)
+        free = torch.rand(x.shape, generator=rng).to(x) < self.free
+        return torch.where(free, x, x_adv), free * eps

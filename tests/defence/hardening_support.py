@@ -55,7 +55,7 @@ SMALL: dict[str, Objective] = {
     "penalty-l2": GradientPenalty(norm="l2", eps=0.5),
     "distillation": Distillation(temperature=5.0),
     "interval_bounds": IntervalBounds(eps=0.01),
-    "small_boxes": IntervalBounds(eps=0.01, box=0.5),
+    "partial_bounds": IntervalBounds(eps=0.01, free=0.5),
 }
 
 
