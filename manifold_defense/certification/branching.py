@@ -78,7 +78,7 @@ def _search(model: Classifier, black: Tensor, white: Tensor, y: Tensor, boxes: i
     bounds = _worst(model, lower, upper, y).detach()
     spent = 1
     while True:
-        open_ = bounds >= 0
+        open_ = ~(bounds < 0)  # NaN proves nothing
         lower, upper, bounds = lower[open_], upper[open_], bounds[open_]
         if not len(bounds):
             return True

@@ -1,5 +1,6 @@
 """Branch and bound behind a threshold, against all images of a box, one by one."""
 
+from copy import deepcopy
 from itertools import product
 from typing import Any
 
@@ -107,6 +108,16 @@ def test_what_is_wrong_already_is_broken_by_itself(binarised: Preprocessed, digi
     found = decide(binarised, x, second, eps, boxes=1)
     assert found.broken.all()
     assert torch.equal(found.x_adv, x)
+
+
+def test_nan_proves_nothing(binarised: Preprocessed, digits: Any) -> None:
+    """Label 0 is what argmax makes of ten NaN, so that no image refutes it either."""
+    lost = deepcopy(binarised)
+    lost.classifier.head.bias.data.fill_(torch.nan)
+    x, y = digits[0][:5], torch.zeros(5, dtype=torch.long)
+    found = decide(lost, x, y, EPS, boxes=10)
+    assert not found.proved.any()
+    assert (branching_certificates(lost, x, radii=(EPS,), boxes=10).radius == 0).all()
 
 
 def test_the_radius_is_the_largest_of_those_asked(binarised: Preprocessed, digits: Any) -> None:
