@@ -15,7 +15,9 @@ from manifold_defense.attacks import Expectation
 from manifold_defense.evaluation import CHECKS, Defence, checks, examine
 from manifold_defense.evaluation.baselines import Preprocessed, RandomNoise
 from manifold_defense.evaluation.subject import Subject
+from manifold_defense.evaluation.suite import AttackConfig
 from manifold_defense.rejection import RejectingClassifier
+from manifold_defense.types import Norm
 
 LINF = Threat("linf", 0.1)
 
@@ -287,6 +289,34 @@ def test_images_that_a_longer_attack_still_breaks_are_told(learned: Any) -> None
     assert all(c.passed for c in none)
     rare = examine(honest, LINF, x, y, left=(x, y, torch.ones(len(x))), left_share=0.01)
     assert all(c.passed for c in rare)  # of a hundredth of the images little can be lost
+
+
+@pytest.mark.parametrize(
+    ("norm", "by_labels"), [("linf", {"hop_skip_jump"}), ("l2", {"hop_skip_jump"}), ("l1", set())]
+)
+def test_what_is_left_in_a_ball_is_attacked_by_losses_ratios_windows_minimum_norm_and_labels(
+    norm: Norm, by_labels: set[str], learned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of these has once found what the others had left."""
+    model, x, y = learned
+    right = model(x).argmax(1) == y
+    x, y = x[right], y[right]
+    asked: list[tuple[str, str, int]] = []
+
+    def idle(config: AttackConfig, threat: Threat, **_: Any) -> Any:
+        def attack(model: Any, x: Tensor, y: Tensor) -> Tensor:
+            asked.append((config.name, config.loss, len(x)))
+            return x
+
+        assert threat.norm == norm
+        return attack
+
+    monkeypatch.setattr(AttackConfig, "bind", idle)
+    subject = Subject(Defence.bare("honest", model), Threat(norm, 0.1), x, y, left=(x, y, torch.ones(len(x))))
+    checks.convergence(subject)
+    assert {name for name, _, _ in asked} == {"apgd", "window_pgd", "fab"} | by_labels
+    assert {loss for name, loss, _ in asked if name == "apgd"} > {"dlr"}
+    assert {count for _, _, count in asked} == {len(x)}
 
 
 @pytest.mark.parametrize(
