@@ -35,7 +35,8 @@ def project(
     """Project images (N, C, H, W) in [0, 1] onto the range of `generator`.
 
     Deterministic, and per image: neither the batch nor the caller's gradient or inference mode
-    changes the result (beyond rounding). The result carries no gradient; see
+    changes the result (beyond rounding, which a solver can amplify where the generator has a kink).
+    The result carries no gradient; see
     `project_exactly` for one that does. A bank or metric that the config asks for is computed
     unless it is passed. Raises ValueError for anything but finite float images of the generator's
     shape in [0, 1]; an empty batch gives an empty projection.
