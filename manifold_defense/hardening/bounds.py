@@ -22,8 +22,8 @@ class IntervalBounds(Base):
     After `warmup` of the training, on clean images alone, the radius grows to eps over `ramp` of it while
     κ falls from 1 to `kappa`. With `free` below 1 only that share of the pixels, drawn anew, is bounded over
     all its reach; the others stand where an attack of `steps` puts them (after Müller et al. 2023, who bound
-    a smaller box around it): a classifier less held back, of which branch and bound proves more. The model
-    must be one that the bounds can follow, a binarised one for example.
+    a smaller box around it): a classifier less held back, of which branch and bound proves more, and intervals
+    alone nothing. The model must be one that the bounds can follow, a binarised one for example.
     """
 
     name: Literal["interval_bounds"] = "interval_bounds"
@@ -41,7 +41,9 @@ class IntervalBounds(Base):
     def threat(self) -> Threat:
         return Threat("linf", self.eps)
 
-    def proved(self, model: Classifier, x: Tensor, y: Tensor, /) -> Tensor:
+    def proved(self, model: Classifier, x: Tensor, y: Tensor, /) -> Tensor | None:
+        if self.free < 1:
+            return None  # branch and bound may, but not as often as a training is validated
         return intervals_prove(cast(Bounded, model), x, y, self.eps)
 
     def __call__(self, model: Classifier, x: Tensor, y: Tensor, step: Step, /) -> Tensor:

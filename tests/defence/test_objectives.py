@@ -162,6 +162,7 @@ def test_an_objective_that_proves_says_what(digits: Any) -> None:
     assert 0 < proved.sum() < (prediction == y).sum()
     assert not IntervalBounds(eps=eps).proved(model, x, (prediction + 1) % 10).any()
     others = [objective for objective in SMALL.values() if not isinstance(objective, IntervalBounds)]
+    others.append(IntervalBounds(eps=eps, free=0.5))  # nor does one that bounds less than the ball
     assert all(objective.proved(model, x, y) is None for objective in others)
 
 
