@@ -1,7 +1,7 @@
 """Branch and bound behind a threshold, L∞: a proof, or an image that refutes it.
 
 A binarised pixel within reach of the threshold is black or white, nothing else, so that the images of a
-box are finitely many. Where interval bounds on all of them prove nothing, a pixel is fixed at both of its
+box are finitely many. Where linear bounds on all of them prove nothing, a pixel is fixed at both of its
 values and each half bounded anew (branch and bound; Bunel et al. 2018). N images, K classes.
 """
 
@@ -13,11 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from manifold_defense.attacks import pgd
 from manifold_defense.certification.certificates import Certificates
-from manifold_defense.certification.intervals import box_logits
+from manifold_defense.certification.intervals import Box, box_logits, hidden_boxes
+from manifold_defense.certification.relaxation import lead_bounds, tightened
+from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.evaluation.baselines import Binarise, Preprocessed
 from manifold_defense.types import Classifier
 
+_STARTS, _STEPS = 16, 20  # of the attack that comes before a search
 _AT_ONCE = 64  # boxes that are halved together, those of the highest bound first
 
 
@@ -29,6 +33,7 @@ class Verdicts(NamedTuple):
     x_adv: Tensor  # (N, C, H, W): that one, within eps and [0, 1]; else the image itself
 
 
+@torch.no_grad()
 def decide(model: Preprocessed, x: Tensor, y: Tensor, eps: float, *, boxes: int = 2000) -> Verdicts:
     """Whether an image within eps of x (N, C, H, W) and inside [0, 1] has another label than y (N,).
 
@@ -43,27 +48,39 @@ def decide(model: Preprocessed, x: Tensor, y: Tensor, eps: float, *, boxes: int 
         raise ValueError(f"boxes: expected at least 1, got {boxes}")
     lower, upper = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
     black, white, own = (model.preprocess.deployed(images) for images in (lower, upper, x))
-    with torch.no_grad():
-        broken = model(x).argmax(1) != y
-        proved = ~broken & (_worst(model.classifier, black, white, y) < 0)
+    broken = model(x).argmax(1) != y
+    classifier = model.classifier
+    bounds = box_logits(classifier, black, white, y)
+    assert isinstance(classifier, ImageClassifier)  # which the bounds ask for
+    proved = ~broken & (bounds.scatter(1, y.unsqueeze(1), -torch.inf).amax(1) < 0)
     x_adv = x.clone()
     for i in (~proved & ~broken).nonzero()[:, 0].tolist():
-        found = _search(model.classifier, black[i], white[i], y[i], boxes)
-        if isinstance(found, Tensor):
-            broken[i] = True
+        image = _attacked(model, x[i], y[i], eps)
+        if image is None:
+            found = _search(classifier, Box(black[i : i + 1], white[i : i + 1]), y[i], boxes)
+            if isinstance(found, bool):
+                proved[i] = found
+                continue
             # Only pixels that change sides are moved.
-            x_adv[i] = torch.where(found == own[i], x[i], torch.where(found > 0, upper[i], lower[i]))
-        else:
-            proved[i] = found
+            image = torch.where(found == own[i], x[i], torch.where(found > 0, upper[i], lower[i]))
+        x_adv[i], broken[i] = image, True
     return Verdicts(proved, broken, x_adv)
 
 
+def _attacked(model: Classifier, x: Tensor, y: Tensor, eps: float) -> Tensor | None:
+    """An image within eps of x (C, H, W) of another label than y, (), if PGD finds one."""
+    starts, labels = x.expand(_STARTS, -1, -1, -1), y.expand(_STARTS)
+    x_adv = pgd(model, starts, labels, eps=eps, step_size=2 * eps, steps=_STEPS)
+    fooled = (model(x_adv).argmax(1) != y).nonzero()[:, 0]
+    return x_adv[fooled[0]] if len(fooled) else None
+
+
+@torch.no_grad()
 def branching_certificates(
     model: Preprocessed, x: Tensor, *, radii: Sequence[float], boxes: int = 2000
 ) -> Certificates:
     """The largest of the radii at which `decide` proves the prediction; 0 if it does at none."""
-    with torch.no_grad():
-        prediction = model(x).argmax(1)
+    prediction = model(x).argmax(1)
     radius = x.new_zeros(len(x))
     alive = torch.arange(len(x), device=x.device)
     for eps in sorted(radii):
@@ -72,56 +89,63 @@ def branching_certificates(
     return Certificates(prediction, radius)
 
 
-def _search(model: Classifier, black: Tensor, white: Tensor, y: Tensor, boxes: int) -> Tensor | bool:
-    """Binary images between black and white (C, H, W): one of another label, or whether there is none."""
-    lower, upper = black.unsqueeze(0), white.unsqueeze(0)
-    bounds = _worst(model, lower, upper, y).detach()
+class _Parts(NamedTuple):
+    """Boxes that together hold what is left of an image's, and how far other classes can lead there."""
+
+    lower: Tensor  # (B, C, H, W)
+    upper: Tensor  # (B, C, H, W)
+    bounds: Tensor  # (B, S): of the lead of each of S other classes over the label
+    slope: Tensor  # (B, C, H, W): how fast the highest of them rises with each pixel
+
+    def those(self, which: Tensor) -> _Parts:
+        return _Parts(*(column[which] for column in self))
+
+
+def _search(model: ImageClassifier, box: Box, y: Tensor, boxes: int) -> Tensor | bool:
+    """Binary images in a box (1, C, H, W): one of another label than y, (), or whether there is none."""
+    hidden = tightened(model, box, hidden_boxes(model, box))
+    others = torch.arange(model.head.out_features, device=y.device)
+    others = others[others != y]
+    others = others[~(lead_bounds(model, hidden, y, others).largest(box)[0] < 0)]  # NaN proves nothing
+    parts = _bounded(model, box, hidden, y, others)
     spent = 1
     while True:
-        open_ = ~(bounds < 0)  # NaN proves nothing
-        lower, upper, bounds = lower[open_], upper[open_], bounds[open_]
-        if not len(bounds):
+        parts = parts.those(~(parts.bounds < 0).all(1))
+        if not len(parts.bounds):
             return True
-        first = bounds.topk(min(_AT_ONCE, len(bounds))).indices
-        slope_lower, slope_upper = _slopes(model, lower[first], upper[first], y)
+        order = parts.bounds.amax(1).argsort(descending=True)
+        first, rest = parts.those(order[:_AT_ONCE]), parts.those(order[_AT_ONCE:])
         # Where the bound would have the pixels: an image, which may be one that refutes.
-        at = torch.where(slope_lower + slope_upper > 0, upper[first], lower[first])
-        with torch.no_grad():
-            fooled = (model(at).argmax(1) != y).nonzero()[:, 0]
+        at = torch.where(first.slope > 0, first.upper, first.lower)
+        fooled = (model(at).argmax(1) != y).nonzero()[:, 0]
         if len(fooled):
             return at[fooled[0]]
         if spent >= boxes:
             return False
-        # The pixel that weighs most in the bound. If none is left to choose, the box is one image, which has
-        # the label y: its bound is rounding.
-        gain = ((slope_upper - slope_lower) * (upper[first] - lower[first])).flatten(1)
-        pixel = gain.argmax(1, keepdim=True)
-        halves = _fixed(lower[first], upper[first], pixel)
-        kept = torch.ones(len(bounds), dtype=torch.bool, device=bounds.device)
-        kept[first] = False
-        with torch.no_grad():
-            new = _worst(model, *halves, y)
-        spent += len(new)
-        lower, upper = (torch.cat([a[kept], b]) for a, b in zip((lower, upper), halves, strict=True))
-        bounds = torch.cat([bounds[kept], new])
+        halves = _halved(first)
+        new = _bounded(model, halves, hidden_boxes(model, halves, hidden), y, others)
+        new = new._replace(bounds=torch.minimum(new.bounds, first.bounds.repeat(2, 1)))
+        spent += len(new.bounds)
+        parts = _Parts(*(torch.cat(columns) for columns in zip(rest, new, strict=True)))
 
 
-def _worst(model: Classifier, lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
-    """The largest bound (B,) of another class's lead over y, () or (B,), in each box (B, C, H, W)."""
-    labels = y.expand(len(lower))
-    return box_logits(model, lower, upper, labels).scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
+def _bounded(model: ImageClassifier, box: Box, hidden: Sequence[Box], y: Tensor, others: Tensor) -> _Parts:
+    leads = lead_bounds(model, hidden, y, others)
+    bounds = leads.largest(box)
+    if not len(others):
+        return _Parts(*box, bounds, torch.zeros_like(box.lower))
+    worst = bounds.argmax(1)
+    return _Parts(*box, bounds, leads.slope[torch.arange(len(worst)), worst])
 
 
-def _slopes(model: Classifier, lower: Tensor, upper: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        ends = lower.detach().requires_grad_(), upper.detach().requires_grad_()
-        at_lower, at_upper = torch.autograd.grad(_worst(model, *ends, y).sum(), ends)
-    return at_lower, at_upper
+def _halved(parts: _Parts) -> Box:
+    """Each part twice, the pixel that weighs most in its bound black in the one and white in the other.
 
-
-def _fixed(lower: Tensor, upper: Tensor, pixel: Tensor) -> tuple[Tensor, Tensor]:
-    """Each box (B, C, H, W) twice, its pixel (B, 1) black in the one and white in the other."""
-    ends = lower.flatten(1), upper.flatten(1)
-    black = ends[1].scatter(1, pixel, ends[0].gather(1, pixel))
-    white = ends[0].scatter(1, pixel, ends[1].gather(1, pixel))
-    return torch.cat([lower, white.view_as(lower)]), torch.cat([black.view_as(upper), upper])
+    If none is left to choose, the part is one image, which has the label y: its bound is rounding.
+    """
+    width = parts.upper - parts.lower
+    gain = (parts.slope.abs() + torch.finfo(width.dtype).tiny) * width
+    pixel = gain.flatten(1).argmax(1, keepdim=True)
+    chosen = torch.zeros_like(gain).flatten(1).scatter(1, pixel, 1.0).view_as(gain) > 0
+    black, white = (torch.where(chosen, end, other) for end, other in (parts[:2], parts[1::-1]))
+    return Box(torch.cat([parts.lower, white]), torch.cat([black, parts.upper]))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,6 +16,17 @@ from manifold_defense.evaluation.baselines import Preprocessed
 from manifold_defense.types import Classifier
 
 _BISECTIONS = 12
+
+
+class Box(NamedTuple):
+    """All between two tensors of one shape (B, ...)."""
+
+    lower: Tensor
+    upper: Tensor
+
+    def middle(self) -> tuple[Tensor, Tensor]:
+        """Centre and radius, of the same shape."""
+        return (self.lower + self.upper) / 2, (self.upper - self.lower) / 2
 
 
 # What the bounds can follow: a chain of layers, bare or behind a monotone preprocessing.
@@ -45,10 +59,8 @@ def box_logits(model: Classifier, lower: Tensor, upper: Tensor, y: Tensor) -> Te
     """
     if not isinstance(model, ImageClassifier):
         raise TypeError(f"interval bounds follow an ImageClassifier, got {type(model).__name__}")
-    lower, upper = (lower - model.mean) / model.std, (upper - model.mean) / model.std
-    centre, radius = (lower + upper) / 2, (upper - lower) / 2
-    for layer in chain(model.body):
-        centre, radius = _through(layer, centre, radius)
+    *_, features = _followed(model, Box(lower, upper))
+    centre, radius = features.middle()
     weight, bias = model.head.weight, model.head.bias
     own = weight[y]  # (N, F)
     difference = weight.unsqueeze(0) - own.unsqueeze(1)  # (N, K, F)
@@ -56,18 +68,38 @@ def box_logits(model: Classifier, lower: Tensor, upper: Tensor, y: Tensor) -> Te
     return bounds + bias - bias[y].unsqueeze(1)
 
 
-def _through(layer: nn.Module, centre: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+def hidden_boxes(model: ImageClassifier, box: Box, known: Sequence[Box] = ()) -> list[Box]:
+    """What goes into each ReLU (B, ...), for images of boxes (B, C, H, W); inside what is `known` of it."""
+    return list(_followed(model, box, known))[:-1]
+
+
+def _followed(model: ImageClassifier, box: Box, known: Sequence[Box] = ()) -> Iterator[Box]:
+    """Bounds of what goes into each ReLU, and last of the features."""
+    inside = iter(known)
+    box = Box((box.lower - model.mean) / model.std, (box.upper - model.mean) / model.std)
+    for layer in chain(model.body):
+        if isinstance(layer, nn.ReLU):
+            if within := next(inside, None):
+                box = Box(torch.maximum(box.lower, within.lower), torch.minimum(box.upper, within.upper))
+            yield box
+            box = Box(layer(box.lower), layer(box.upper))
+        else:
+            box = _through(layer, box)
+    yield box
+
+
+def _through(layer: nn.Module, box: Box) -> Box:
+    centre, radius = box.middle()
     if isinstance(layer, nn.Conv2d):
         spread = F.conv2d(
             radius, layer.weight.abs(), None, layer.stride, layer.padding, layer.dilation, layer.groups
         )
-        return layer(centre), spread
-    if isinstance(layer, nn.Linear):
-        return layer(centre), F.linear(radius, layer.weight.abs())
-    if isinstance(layer, nn.ReLU):
-        lower, upper = layer(centre - radius), layer(centre + radius)
-        return (lower + upper) / 2, (upper - lower) / 2
-    return layer(centre), layer(radius)  # shapes alone
+    elif isinstance(layer, nn.Linear):
+        spread = F.linear(radius, layer.weight.abs())
+    else:
+        return Box(layer(box.lower), layer(box.upper))  # shapes alone
+    centre = layer(centre)
+    return Box(centre - spread, centre + spread)
 
 
 @torch.no_grad()

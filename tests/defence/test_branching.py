@@ -81,11 +81,14 @@ def test_an_image_that_refutes_is_one(binarised: Preprocessed, digits: Any) -> N
     assert torch.equal(found.x_adv[~found.broken], x[~found.broken])
 
 
-def test_one_box_is_the_bounds_and_more_boxes_decide_more(binarised: Preprocessed, digits: Any) -> None:
+def test_one_box_is_the_linear_bounds_and_more_boxes_decide_more(
+    binarised: Preprocessed, digits: Any
+) -> None:
     x, y = digits[0][:60], digits[1][:60]
-    few, some = (decide(binarised, x, y, 0.04, boxes=boxes) for boxes in (1, 200))
-    assert torch.equal(few.proved, intervals_prove(binarised, x, y, 0.04))
-    assert few.proved.any()
+    few, some = (decide(binarised, x, y, EPS, boxes=boxes) for boxes in (1, 200))
+    by_intervals = intervals_prove(binarised, x, y, EPS)
+    assert (few.proved >= by_intervals).all()
+    assert few.proved.sum() > by_intervals.sum()
     assert (some.proved >= few.proved).all()
     assert (some.broken >= few.broken).all()
     assert (some.proved | some.broken).sum() > (few.proved | few.broken).sum()
