@@ -103,11 +103,12 @@ class _Parts(NamedTuple):
 
 def _search(model: ImageClassifier, box: Box, y: Tensor, boxes: int) -> Tensor | bool:
     """Binary images in a box (1, C, H, W): one of another label than y, (), or whether there is none."""
-    hidden = tightened(model, box, hidden_boxes(model, box))
+    hidden = tightened(model, box)
     others = torch.arange(model.head.out_features, device=y.device)
     others = others[others != y]
-    others = others[~(lead_bounds(model, hidden, y, others).largest(box)[0] < 0)]  # NaN proves nothing
-    parts = _bounded(model, box, hidden, y, others)
+    leads = lead_bounds(model, hidden.boxes, y, others)
+    others = others[~(leads.largest(box)[0] < 0)]  # NaN proves nothing
+    parts = _bounded(model, box, hidden.boxes, y, others)
     spent = 1
     while True:
         parts = parts.those(~(parts.bounds < 0).all(1))
@@ -123,7 +124,7 @@ def _search(model: ImageClassifier, box: Box, y: Tensor, boxes: int) -> Tensor |
         if spent >= boxes:
             return False
         halves = _halved(first)
-        new = _bounded(model, halves, hidden_boxes(model, halves, hidden), y, others)
+        new = _bounded(model, halves, hidden_boxes(model, halves, hidden.within(halves)), y, others)
         new = new._replace(bounds=torch.minimum(new.bounds, first.bounds.repeat(2, 1)))
         spent += len(new.bounds)
         parts = _Parts(*(torch.cat(columns) for columns in zip(rest, new, strict=True)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manifold_defense.certification.intervals import Box
+from manifold_defense.certification.intervals import Box, hidden_boxes
 from manifold_defense.certification.lipschitz import chain
 from manifold_defense.classifiers import ImageClassifier
 
@@ -45,22 +45,55 @@ def lead_bounds(model: ImageClassifier, hidden: Sequence[Box], y: Tensor, classe
     return _back(model, chain(model.body), hidden, slope, (bias[classes] - bias[y]).expand(boxes, -1))
 
 
-def tightened(model: ImageClassifier, box: Box, hidden: Sequence[Box]) -> list[Box]:
-    """`hidden` of one box (1, C, H, W), each neuron whose sign it leaves open bounded once more."""
+class Hidden(NamedTuple):
+    """What goes into each ReLU, for the images of a box (1, C, H, W)."""
+
+    boxes: list[Box]  # (1, ...) each
+    neurons: Tensor  # (S,): those of the last layer whose sign is open
+    ends: Linear  # S functions above them and S above their negatives
+
+    def within(self, part: Box) -> list[Box]:
+        """The same for the images of parts (B, C, H, W) of the box, as far as it is quickly said."""
+        *before, last = self.boxes
+        last = Box(*(end.expand(len(part.lower), -1) for end in last))
+        return [*before, _met(last, self.neurons, self.ends.largest(part))]
+
+
+def tightened(model: ImageClassifier, box: Box) -> Hidden:
+    """The intervals of one box, each neuron whose sign they leave open bounded once more."""
     layers = chain(model.body)
     relus = [k for k, layer in enumerate(layers) if isinstance(layer, nn.ReLU)]
-    found = list(hidden[:1])  # what goes into the first is linear in the image: its intervals are exact
-    for k, (lower, upper) in zip(relus[1:], hidden[1:], strict=True):
-        low, high = lower.flatten().clone(), upper.flatten().clone()
-        for neurons in ((low < 0) & (high > 0)).nonzero()[:, 0].split(_TOGETHER // 2):
-            unit = F.one_hot(neurons, len(low)).to(low).view(1, -1, *lower.shape[1:])
-            ends = torch.cat([unit, -unit], 1)
-            bounds = _back(model, layers[:k], found, ends, ends.new_zeros(1, ends.shape[1])).largest(box)
-            above, below = bounds[0].chunk(2)
-            high[neurons] = torch.minimum(high[neurons], above)
-            low[neurons] = torch.maximum(low[neurons], -below)
-        found.append(Box(low.view_as(lower), high.view_as(upper)))
-    return found
+    found: list[Box] = []
+    for k, known in zip(relus, hidden_boxes(model, box), strict=True):
+        neurons = ((known.lower < 0) & (known.upper > 0)).flatten().nonzero()[:, 0]
+        if not found:
+            neurons = neurons[:0]  # linear in the image: intervals are exact
+        ends = _ends(model, layers[:k], found, known.lower, neurons)
+        found.append(_met(known, neurons, ends.largest(box)))
+    return Hidden(found, neurons, ends)
+
+
+def _ends(
+    model: ImageClassifier, layers: Sequence[nn.Module], hidden: Sequence[Box], like: Tensor, neurons: Tensor
+) -> Linear:
+    """Functions above some neurons of what comes out of the layers, (1, ...), then above their negatives."""
+    both, signs = neurons.repeat(2), torch.ones_like(neurons, dtype=like.dtype)
+    found = [Linear(like.new_zeros(1, 0, *model.image_shape), like.new_zeros(1, 0))]
+    for chosen, sign in zip(both.split(_TOGETHER), torch.cat([signs, -signs]).split(_TOGETHER), strict=True):
+        if len(chosen):
+            slope = sign.unsqueeze(1) * F.one_hot(chosen, like.numel())
+            slope = slope.view(1, len(chosen), *like.shape[1:])
+            found.append(_back(model, layers, hidden, slope, like.new_zeros(1, len(chosen))))
+    return Linear(*(torch.cat(columns, 1) for columns in zip(*found, strict=True)))
+
+
+def _met(box: Box, neurons: Tensor, ends: Tensor) -> Box:
+    """Boxes (B, ...) where `ends` (B, 2S) are above some neurons, and then above their negatives."""
+    above, below = ends.chunk(2, dim=1)
+    lower, upper = (end.flatten(1).clone() for end in box)
+    lower[:, neurons] = torch.maximum(lower[:, neurons], -below)
+    upper[:, neurons] = torch.minimum(upper[:, neurons], above)
+    return Box(lower.view_as(box.lower), upper.view_as(box.upper))
 
 
 def _back(

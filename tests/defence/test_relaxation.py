@@ -80,7 +80,7 @@ def test_no_image_of_a_box_is_outside_its_bounds(digits: Any, name: str, size: f
         box = Box(whole.lower[i : i + 1], whole.upper[i : i + 1])
         images = inside(box, 400)[:, 0]
         loose = hidden_boxes(model, box)
-        tight = tightened(model, box, loose)
+        tight = tightened(model, box).boxes
         for value, wide, narrow in zip(relu_inputs(model, images), loose, tight, strict=True):
             assert (wide.lower <= narrow.lower).all()
             assert (narrow.upper <= wide.upper).all()
@@ -108,7 +108,7 @@ def test_they_are_tighter_than_intervals(digits: Any, name: str) -> None:
         own = [Box(wide.lower[i : i + 1], wide.upper[i : i + 1]) for wide in loose]
         once = lead_bounds(model, own, LABEL, OTHERS).largest(box)[0]
         torch.testing.assert_close(once, together[i], atol=1e-12, rtol=0)
-        twice = lead_bounds(model, tightened(model, box, own), LABEL, OTHERS).largest(box)[0]
+        twice = lead_bounds(model, tightened(model, box).boxes, LABEL, OTHERS).largest(box)[0]
         excess = [(bound - true[i]).mean() for bound in (by_intervals[i], once, twice)]
         assert 0 < excess[2] < 0.8 * excess[1]
         assert excess[1] < 0.8 * excess[0]
@@ -142,9 +142,10 @@ def test_what_is_known_already_is_kept(digits: Any) -> None:
     model, box = network("shallow"), boxes(digits, 1, 0.3)
     middle = (box.lower + box.upper) / 2
     halves = Box(torch.cat([box.lower, middle]), torch.cat([middle, box.upper]))
-    known = tightened(model, box, hidden_boxes(model, box))
-    met = hidden_boxes(model, halves, known)
-    for alone, whole, both in zip(hidden_boxes(model, halves), known, met, strict=True):
+    known = tightened(model, box)
+    within = known.within(halves)
+    met = hidden_boxes(model, halves, within)
+    for alone, whole, both in zip(hidden_boxes(model, halves), within, met, strict=True):
         assert (both.lower >= torch.maximum(alone.lower, whole.lower)).all()
         assert (both.upper <= torch.minimum(alone.upper, whole.upper)).all()
     images = inside(halves, 200).transpose(0, 1).flatten(0, 1)
@@ -152,11 +153,17 @@ def test_what_is_known_already_is_kept(digits: Any) -> None:
         value = value.unflatten(0, (2, 200))
         assert (value >= bound.lower.unsqueeze(1) - 1e-12).all()
         assert (value <= bound.upper.unsqueeze(1) + 1e-12).all()
+    # The last layer's are the tighter, the smaller the part.
+    assert len(known.neurons) > 1
+    size, smaller = (
+        (end.upper - end.lower)[:, known.neurons].sum(1) for end in (known.boxes[-1], within[-1])
+    )
+    assert (smaller < size).all()
 
 
 def test_nan_stays_nan(digits: Any) -> None:
     model, box = network("cnn"), boxes(digits, 1, 0.1)
     assert isinstance(model.body[0], nn.Conv2d)
     model.body[0].bias[0] = torch.nan
-    tight = tightened(model, box, hidden_boxes(model, box))
-    assert lead_bounds(model, tight, LABEL, OTHERS).largest(box).isnan().all()
+    tight = tightened(model, box)
+    assert lead_bounds(model, tight.boxes, LABEL, OTHERS).largest(box).isnan().all()
