@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from torch import Tensor, nn
+
+from gan.optimisation import seeded
+from manifold_defense.artifact import save_classifier
+from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
 
 ROOT = Path(__file__).parents[1]
 ZOO = ROOT / "zoo" / "mnist"
@@ -56,11 +63,12 @@ GIVEN: dict[str, tuple[object, ...]] = {
     "hardening": ("--filter", ZOO / "filter", "--classifier", ZOO / "undefended"),
     "certification": ("--filter", ZOO / "filter", "--classifier", ZOO / "undefended"),
     "picture": ("--filter", ZOO / "filter", "--classifier", ZOO / "undefended", "--output", "picture.png"),
+    "proofs": ("--classifier", ZOO / "undefended"),
     "second_opinion": ("--evaluation", ZOO, "--classifier", ZOO / "undefended"),
 }
 
 
-@pytest.mark.parametrize("name", [name for name in GIVEN if name != "second_opinion"])
+@pytest.mark.parametrize("name", [name for name in GIVEN if name not in ("second_opinion", "proofs")])
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -77,6 +85,42 @@ def test_wrong_input_is_one_line(
     done = run(name, "--data", "digits", *GIVEN[name], *arguments)
     assert done.exit_code == code, done.output
     assert said in error_of(done)
+
+
+def test_proofs_go_on_where_they_stopped(
+    run: Callable[..., Result], digits: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    config = ArchitectureConfig("shallow", width=2)
+    model = seeded(0, lambda: ImageClassifier((1, 8, 8), 10, config))
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model((digits[0] > 0.5).float()), digits[1]).backward()
+        optimizer.step()
+    save_classifier(model, tmp_path / "own")
+    whole, part = tmp_path / "whole.json", tmp_path / "part.json"
+    given = ("--classifier", tmp_path / "own", "--data", "digits", "--eps", 0.05, "--boxes", 20)
+    done = run("proofs", *given, "--images", 24, "--json", whole)
+    assert done.exit_code == 0, done.output
+    facts = json.loads(whole.read_text())
+    verdicts = [image["verdict"] for image in facts["images"]]
+    assert {"proved", "refuted"} <= set(verdicts) <= {"proved", "refuted", "open"}
+    for name in ("proved", "refuted"):
+        assert f"{verdicts.count(name)} of 24" in next(
+            line for line in done.output.splitlines() if line.startswith(name)
+        )
+    run("proofs", *given, "--images", 10, "--json", part)
+    assert "s an image" in run("proofs", *given, "--images", 24, "--json", part).output
+    assert json.loads(part.read_text()) == facts
+    assert "s an image" not in run("proofs", *given, "--images", 24, "--json", part).output
+    # Of other settings, or no result at all: refused, and kept.
+    part.write_text(before := whole.read_text())
+    assert "of other weights, data, eps or boxes" in error_of(
+        run("proofs", *given, "--eps", 0.1, "--json", part)
+    )
+    assert part.read_text() == before
+    part.write_text("[]")
+    assert "no result of this command" in error_of(run("proofs", *given, "--json", part))
 
 
 @pytest.mark.parametrize("name", GIVEN)
@@ -97,6 +141,9 @@ def test_a_result_that_could_not_be_written_is_refused_first(run: Callable[..., 
         ("robustness", ("--classifier", "undefended"), 2, "NAME=FOLDER"),
         ("hardening", ("--objective", "mine"), 2, "mine"),
         ("second_opinion", (), 1, "images.csv"),
+        ("proofs", ("--classifier", "nowhere"), 2, "'nowhere' does not exist"),
+        ("proofs", ("--data", "digits", "--classifier", ROOT / "docs"), 1, "classifier.json"),
+        ("proofs", ("--eps", "-1"), 2, "-1"),
     ],
 )
 def test_a_wrong_name_is_one_line(
