@@ -4,10 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 
 from manifold_defense import DefendedClassifier, ManifoldFilter, ProjectionConfig
-from tests.defence.hardening_support import Encoder, Mixtures
+from manifold_defense.classifiers import ImageClassifier
+from manifold_defense.hardening import Pgd
+from tests.defence.hardening_support import Encoder, Mixtures, trained
 
 
 @pytest.fixture
@@ -27,3 +30,8 @@ def defended(linear: Any, classifier: nn.Module) -> DefendedClassifier:
 def manifold(digits: Any) -> ManifoldFilter:
     mixtures = Mixtures(digits[0])
     return ManifoldFilter(mixtures, Encoder(mixtures), ProjectionConfig(steps=0))
+
+
+@pytest.fixture(scope="module")
+def hardened(fabric: Fabric, digits: Any) -> ImageClassifier:
+    return trained(fabric, digits, Pgd(eps=0.1, steps=2))

@@ -1,6 +1,9 @@
 """Every objective in small, and what they are tried on."""
 
+from typing import Any
+
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from gan.optimisation import seeded
@@ -21,6 +24,7 @@ from manifold_defense.hardening import (
     RobustManifold,
     Trades,
 )
+from manifold_defense.hardening.training import TrainingConfig, classifier_state, train_classifier
 
 
 def classifier(seed: int = 0) -> nn.Module:
@@ -81,3 +85,19 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mixtures.mean).flatten(1) @ self.mixtures.basis.T
+
+
+def trained(fabric: Fabric, digits: Any, objective: Objective) -> ImageClassifier:
+    """A classifier of 60 batches of digits, (200, 1, 8, 8) and labels."""
+    config = TrainingConfig(images=60 * 50, batch_size=50, lr=5e-3, average_half_life=200)
+    model = seeded(0, lambda: ImageClassifier((1, 8, 8), 10, ArchitectureConfig(width=8)))
+    state = classifier_state(fabric, model, config)
+
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        chosen = torch.arange(50 * step, 50 * step + 50) % len(digits[0])
+        return digits[0][chosen], digits[1][chosen]
+
+    for _ in train_classifier(fabric, state, batches, config, objective, 0):
+        pass
+    best: ImageClassifier = state["best"]
+    return best

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 from lightning_fabric import Fabric
-from scipy.optimize import linprog, minimize
-from scipy.stats import norm as gaussian
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,7 +15,6 @@ from manifold_defense.certification import (
     ABSTAINED,
     Certificates,
     PatchClassifier,
-    SmoothingConfig,
     certified_accuracy,
     fit_patches,
     interval_certificates,
@@ -26,36 +23,12 @@ from manifold_defense.certification import (
     linear_worst_margin,
     lipschitz_certificates,
     lipschitz_constant,
-    smoothed_certify,
-    smoothed_predict,
 )
 from manifold_defense.certification.lipschitz import convolution_norm
-from manifold_defense.certification.smoothing import certified_radius
 from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
 from manifold_defense.evaluation.baselines import Binarise, BitDepth, Blur, Preprocess, Preprocessed
-from manifold_defense.hardening import IntervalBounds, Objective, Pgd
-from manifold_defense.hardening.training import TrainingConfig, classifier_state, train_classifier
-from manifold_defense.types import Ball
-
-
-def trained(fabric: Fabric, digits: Any, objective: Objective) -> ImageClassifier:
-    config = TrainingConfig(images=60 * 50, batch_size=50, lr=5e-3, average_half_life=200)
-    model = seeded(0, lambda: ImageClassifier((1, 8, 8), 10, ArchitectureConfig(width=8)))
-    state = classifier_state(fabric, model, config)
-
-    def batches(step: int) -> tuple[Tensor, Tensor]:
-        chosen = torch.arange(50 * step, 50 * step + 50) % len(digits[0])
-        return digits[0][chosen], digits[1][chosen]
-
-    for _ in train_classifier(fabric, state, batches, config, objective, 0):
-        pass
-    best: ImageClassifier = state["best"]
-    return best
-
-
-@pytest.fixture(scope="module")
-def hardened(fabric: Fabric, digits: Any) -> ImageClassifier:
-    return trained(fabric, digits, Pgd(eps=0.1, steps=2))
+from manifold_defense.hardening import IntervalBounds
+from tests.defence.hardening_support import trained
 
 
 @pytest.fixture(scope="module")
@@ -71,105 +44,6 @@ def test_certified_accuracy_counts_what_is_right_and_proved() -> None:
     shares = certified_accuracy(found, torch.tensor([1, 1, 1, 1]), (0.0, 0.2, 0.3, 0.6))
     assert shares.tolist() == [0.5, 0.5, 0.25, 0.0]
     assert certified_accuracy(found, torch.tensor([1, 1, 1, 1]), ()).shape == (0,)
-
-
-# --- Linear classifiers ---
-
-
-@pytest.fixture(scope="module")
-def linear() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights (4, 6), biases (4,), images (5, 1, 2, 3) near and at the bounds, labels (5,)."""
-    rng = torch.Generator().manual_seed(0)
-    weight = torch.randn(4, 6, generator=rng, dtype=torch.float64)
-    x = torch.rand(5, 1, 2, 3, generator=rng, dtype=torch.float64)
-    x[0, 0, 0] = 0.0
-    return weight, torch.randn(4, generator=rng, dtype=torch.float64), x, torch.tensor([0, 1, 2, 3, 0])
-
-
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-@pytest.mark.parametrize("eps", [0.0, 0.1, 0.7, 3.0])
-def test_the_worst_margin_is_that_of_an_optimiser(linear: Any, norm: Any, eps: float) -> None:
-    weight, bias, x, y = linear
-    found = linear_worst_margin(weight, bias, x, y, norm=norm, eps=eps)
-    for i, (image, label) in enumerate(zip(x.flatten(1).numpy(), y.tolist(), strict=True)):
-        margins = []
-        for other in set(range(4)) - {label}:
-            slope = (weight[label] - weight[other]).numpy()
-            margin = float(slope @ image + bias[label] - bias[other])
-            margins.append(margin + fall(slope, image, norm, eps))
-        assert float(found[i]) == pytest.approx(min(margins), abs=2e-6)
-
-
-def fall(slope: Any, image: Any, norm: str, eps: float) -> float:
-    """`min ⟨slope, δ⟩` in ball and box, by scipy."""
-    bounds = list(zip(-image, 1 - image, strict=True))
-    if norm == "linf":
-        return float(linprog(slope, bounds=[(max(a, -eps), min(b, eps)) for a, b in bounds]).fun)
-    if norm == "l1":  # δ = p − n
-        both = np.concatenate([slope, -slope])
-        limits = [(0, b) for _, b in bounds] + [(0, -a) for a, _ in bounds]
-        return float(linprog(both, A_ub=np.ones((1, 12)), b_ub=[eps], bounds=limits).fun)
-    constraint = {"type": "ineq", "fun": lambda d: eps**2 - d @ d, "jac": lambda d: -2 * d}
-    start = np.clip(-1e-3 * slope, [a for a, _ in bounds], [b for _, b in bounds]) * min(eps, 1.0)
-    found = minimize(
-        lambda d: slope @ d,
-        start,
-        jac=lambda d: slope,
-        bounds=bounds,
-        constraints=[constraint],
-        options={"ftol": 1e-14, "maxiter": 1000},
-    )
-    return float(found.fun)
-
-
-def test_the_worst_margin_without_bounds_is_the_dual_norm(linear: Any) -> None:
-    weight, bias, x, y = linear
-    logits = x.flatten(1) @ weight.T + bias
-    duals: dict[Ball, float] = {"linf": 1, "l2": 2, "l1": float("inf")}
-    for norm, dual in duals.items():
-        slopes = torch.linalg.vector_norm(weight[y].unsqueeze(1) - weight, ord=dual, dim=2)
-        expected = logits.gather(1, y.unsqueeze(1)) - logits - 0.3 * slopes
-        expected = expected.scatter(1, y.unsqueeze(1), torch.inf).amin(1)
-        wide = (-1e9, 1e9)
-        found = linear_worst_margin(weight, bias, x, y, norm=norm, eps=0.3, bounds=wide)
-        torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_an_attack_reaches_the_worst_margin_and_goes_no_lower(linear: Any, norm: Any) -> None:
-    weight, bias, x, y = linear
-
-    def model(x: Tensor) -> Tensor:
-        return x.flatten(1) @ weight.T + bias
-
-    worst = linear_worst_margin(weight, bias, x, y, norm=norm, eps=0.4)
-    x_adv = apgd(model, x, y, norm=norm, eps=0.4, steps=100, loss="margin", stop_early=False)
-    logits = model(x_adv)
-    reached = logits.gather(1, y.unsqueeze(1)).squeeze(1) - logits.scatter(
-        1, y.unsqueeze(1), -torch.inf
-    ).amax(1)
-    assert (reached >= worst - 1e-5).all()  # the images are float32 inside the attack
-    assert (reached <= worst + 0.05).all()
-
-
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_a_linear_radius_is_where_the_margin_vanishes(linear: Any, norm: Any) -> None:
-    weight, bias, x, _ = linear
-    found = linear_certificates(weight, bias, x, norm=norm)
-    for i, radius in enumerate(found.radius.tolist()):
-        one = (x[i : i + 1], found.prediction[i : i + 1])
-        for share, safe in ((0.999, True), (1.001, False)):
-            margin = linear_worst_margin(
-                weight, bias, *one, norm=norm, eps=share * radius, bounds=(-1e9, 1e9)
-            )
-            assert bool(margin > 0) is safe
-
-
-def test_a_linear_proof_says_what_it_expects(linear: Any) -> None:
-    with pytest.raises(ValueError, match="norm: expected one of linf, l2, l1, got 'l0'"):
-        linear_worst_margin(*linear, norm="l0")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="eps: expected at least 0"):
-        linear_worst_margin(*linear, eps=-1.0)
 
 
 # --- Lipschitz constants ---
@@ -333,108 +207,6 @@ def test_no_attack_contradicts_a_proof(
         model, x, found.prediction, norm=norm, eps=30 * float(found.radius.median()), steps=30, loss="margin"
     )
     assert (model(beyond).argmax(1) != found.prediction).float().mean() > 0.5
-
-
-# --- Randomized smoothing ---
-
-
-@pytest.mark.parametrize(("draws", "sigmas"), [(100, 1.500), (100_000, 3.811)])
-def test_the_radius_when_every_vote_is_right(draws: int, sigmas: float) -> None:
-    for sigma in (0.25, 1.0):
-        found = certified_radius(draws, SmoothingConfig(sigma=sigma, draws=draws, alpha=0.001))
-        assert found == pytest.approx(sigma * sigmas, abs=sigma * 5e-4)
-        assert found == pytest.approx(sigma * gaussian.ppf(0.001 ** (1 / draws)))
-
-
-def test_no_radius_below_a_majority() -> None:
-    config = SmoothingConfig(draws=1000)
-    assert certified_radius(500, config) == certified_radius(540, config) == 0
-    assert certified_radius(560, config) > 0
-
-
-def half_space(x: Tensor) -> Tensor:
-    """Class 1 where the mean of the pixels is above a half: of it, all about smoothing is known."""
-    score = x.flatten(1).mean(1) - 0.5
-    return torch.stack([-score, score], 1)
-
-
-def test_a_half_space_keeps_its_distance() -> None:
-    """The true radius of the vote is the distance to the plane, whatever σ (Cohen et al. 2019, app. B)."""
-    config = SmoothingConfig(sigma=0.5, draws=20_000)
-    x = torch.stack([torch.full((1, 4, 4), v) for v in (0.3, 0.45, 0.62)])
-    found = smoothed_certify(half_space, x, config)
-    distance = (x.flatten(1).mean(1) - 0.5).abs() * 4  # of a mean of 16 pixels
-    assert found.prediction.tolist() == [0, 0, 1]
-    assert (found.radius <= distance).all()
-    assert (found.radius >= distance - 0.06).all()
-
-
-def test_smoothing_abstains_where_the_vote_is_open() -> None:
-    x = torch.full((1, 1, 4, 4), 0.5)
-    config = SmoothingConfig(sigma=0.5, draws=500)
-    found = smoothed_certify(half_space, x, config)
-    assert found.prediction.tolist() == [ABSTAINED]
-    assert found.radius.tolist() == [0]
-    assert smoothed_predict(half_space, x, config).tolist() == [ABSTAINED]
-    assert smoothed_predict(half_space, x + 0.3, config).tolist() == [1]
-
-
-def test_smoothing_does_not_depend_on_the_batch_and_leaves_nothing_behind(
-    hardened: ImageClassifier, digits: Any
-) -> None:
-    x, config = digits[0][:6], SmoothingConfig(draws=150, batch_size=64)
-    hardened.train()
-    state = torch.random.get_rng_state()
-    whole = smoothed_certify(hardened, x, config)
-    assert hardened.training
-    hardened.eval()
-    assert torch.equal(state, torch.random.get_rng_state())
-    alone = smoothed_certify(hardened, x[4:5], config)
-    assert whole.prediction[4] == alone.prediction[0]
-    assert whole.radius[4] == alone.radius[0]
-    other = smoothed_certify(hardened, x, SmoothingConfig(draws=150, batch_size=64), seed=1)
-    assert not torch.equal(whole.radius, other.radius)
-
-
-def test_a_smoothed_model_keeps_its_answer_inside_the_radius(hardened: ImageClassifier, digits: Any) -> None:
-    """Attacked through the mean of its own noise; the vote is taken anew on what comes out."""
-    x, config = digits[0][:20], SmoothingConfig(sigma=0.25, draws=2_000, batch_size=2_000)
-    found = smoothed_certify(hardened, x, config)
-    noise = 0.25 * torch.randn(32, *x.shape[1:], generator=torch.Generator().manual_seed(9))
-
-    def vote(x: Tensor) -> Tensor:
-        noisy = (x.unsqueeze(1) + noise).flatten(0, 1)
-        return hardened(noisy).softmax(1).view(len(x), -1, 10).mean(1).clamp(min=1e-9).log()
-
-    kept = found.radius > 0.2
-    assert int(kept.sum()) >= 5
-    for i in kept.nonzero().squeeze(1).tolist()[:8]:
-        label = found.prediction[i : i + 1]
-        moved = pgd(
-            vote,
-            x[i : i + 1],
-            label,
-            norm="l2",
-            eps=0.99 * float(found.radius[i]),
-            steps=10,
-            stop_early=False,
-            bounds=(-9.0, 9.0),
-        )
-        assert smoothed_predict(hardened, moved, config, seed=5).item() in (label.item(), ABSTAINED)
-
-
-def test_votes_that_are_not_finite_count_for_no_class() -> None:
-    def broken(x: Tensor) -> Tensor:
-        return torch.full((len(x), 3), float("nan"))
-
-    config = SmoothingConfig(draws=50)
-    assert smoothed_certify(broken, torch.rand(2, 1, 2, 2), config).prediction.tolist() == [ABSTAINED] * 2
-
-
-@pytest.mark.parametrize(("key", "value"), [("sigma", 0.0), ("draws", 0), ("selection", 0), ("alpha", 1.0)])
-def test_a_smoothing_config_names_its_bad_key(key: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"^{key}: expected"):
-        SmoothingConfig(**{key: value})
 
 
 # --- Distances to a manifold a class ---

@@ -24,7 +24,7 @@ from manifold_defense.attacks import (
 )
 from manifold_defense.attacks.objective import fooled
 from tests.defence.attack_table import GREY, Linear, gain, logits_of, network
-from tests.defence.test_projection import Curved
+from tests.defence.projection_support import Curved
 
 ONES = torch.ones(3, dtype=torch.long)
 FOOLED = -40.0  # a bias that leaves every image misclassified: then the attack maximises, and stops nowhere

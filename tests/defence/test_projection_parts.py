@@ -18,7 +18,7 @@ from manifold_defense.projection import (
 )
 from manifold_defense.projection.losses import LOSSES
 from manifold_defense.projection.starts import starts
-from tests.defence.test_projection import Curved, images
+from tests.defence.projection_support import Curved, images
 
 # --- Losses ---
 

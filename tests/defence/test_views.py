@@ -19,7 +19,7 @@ from manifold_defense.projection import (
 )
 from manifold_defense.projection.implicit import Formula, conjugate_gradients
 from manifold_defense.projection.jacobian import Jacobian
-from tests.defence.test_projection import Curved, images, projector
+from tests.defence.projection_support import Curved, images, projector
 
 FORMULAS: tuple[Formula, ...] = get_args(Formula)
 SHARP = {"iterations": 60, "tolerance": 1e-12, "damping": 0.0}
