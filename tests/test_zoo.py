@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from manifold_defense import PRESETS, load_classifier, load_filter
+from manifold_defense.certification import branching_certificates
+from manifold_defense.evaluation.baselines import Binarise, Preprocessed
 
 MNIST = Path(__file__).parents[1] / "zoo" / "mnist"
 FILTERS = ("filter", "filter-windows", "filter-fitted")
@@ -16,7 +18,7 @@ WEIGHTS = sorted(MNIST.glob("*/*.safetensors"))
 
 
 def test_there_is_a_filter_and_its_classifiers() -> None:
-    classifiers = {"classifier", "classifier-behind", "classifier-pgd", "undefended"}
+    classifiers = {"classifier", "classifier-behind", "classifier-pgd", "classifier-proved", "undefended"}
     assert {path.parent.name for path in WEIGHTS} == {*FILTERS, *classifiers}
 
 
@@ -78,3 +80,15 @@ def test_a_classifier_sees_what_the_filter_keeps(before: str, name: str, strengt
         kept = classifier(filter(drawn)).argmax(1) == logits.argmax(1)
     assert sure.sum() > 15
     assert kept[sure].float().mean() > 0.9
+
+
+def test_a_classifier_proves_its_answers_to_most_drawings() -> None:
+    proved = Preprocessed(Binarise(), load_classifier(MNIST / "classifier-proved"))
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        drawn = load_filter(MNIST / "filter").generator(torch.randn(40, 64, generator=rng))
+    sure = load_classifier(MNIST / "undefended")(drawn).softmax(1).amax(1) > 0.99
+    found = branching_certificates(proved, drawn[sure][:8], radii=(0.3,), boxes=100)
+    assert (found.radius == 0.3).sum() >= 4
+    others = Preprocessed(Binarise(), load_classifier(MNIST / "classifier"))
+    assert not (branching_certificates(others, drawn[sure][:2], radii=(0.3,), boxes=10).radius > 0).any()

@@ -16,7 +16,7 @@ from torch import Tensor
 from manifold_defense.attacks import pgd
 from manifold_defense.certification.certificates import Certificates
 from manifold_defense.certification.intervals import Box, box_logits, hidden_boxes
-from manifold_defense.certification.relaxation import lead_bounds, tightened
+from manifold_defense.certification.relaxation import fitted_lines, lead_bounds, tightened
 from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.evaluation.baselines import Binarise, Preprocessed
 from manifold_defense.types import Classifier
@@ -100,15 +100,23 @@ class _Parts(NamedTuple):
     def those(self, which: Tensor) -> _Parts:
         return _Parts(*(column[which] for column in self))
 
+    def within(self, bounds: Tensor) -> _Parts:
+        """Where bounds (B, S) are known already."""
+        return self._replace(bounds=torch.minimum(self.bounds, bounds))
+
 
 def _search(model: ImageClassifier, box: Box, y: Tensor, boxes: int) -> Tensor | bool:
     """Binary images in a box (1, C, H, W): one of another label than y, (), or whether there is none."""
     hidden = tightened(model, box)
     others = torch.arange(model.head.out_features, device=y.device)
     others = others[others != y]
-    leads = lead_bounds(model, hidden.boxes, y, others)
-    others = others[~(leads.largest(box)[0] < 0)]  # NaN proves nothing
-    parts = _bounded(model, box, hidden.boxes, y, others)
+    bounds = lead_bounds(model, hidden.boxes, y, others).largest(box)
+    open_ = ~(bounds[0] < 0)  # NaN proves nothing
+    if not open_.any():
+        return True
+    others, bounds = others[open_], bounds[:, open_]
+    lines = fitted_lines(model, box, hidden.boxes, y, others)
+    parts = _bounded(model, box, hidden.boxes, y, others, lines).within(bounds)
     spent = 1
     while True:
         parts = parts.those(~(parts.bounds < 0).all(1))
@@ -124,19 +132,24 @@ def _search(model: ImageClassifier, box: Box, y: Tensor, boxes: int) -> Tensor |
         if spent >= boxes:
             return False
         halves = _halved(first)
-        new = _bounded(model, halves, hidden_boxes(model, halves, hidden.within(halves)), y, others)
-        new = new._replace(bounds=torch.minimum(new.bounds, first.bounds.repeat(2, 1)))
+        known = hidden_boxes(model, halves, hidden.within(halves))
+        new = _bounded(model, halves, known, y, others, lines).within(first.bounds.repeat(2, 1))
         spent += len(new.bounds)
         parts = _Parts(*(torch.cat(columns) for columns in zip(rest, new, strict=True)))
 
 
-def _bounded(model: ImageClassifier, box: Box, hidden: Sequence[Box], y: Tensor, others: Tensor) -> _Parts:
-    leads = lead_bounds(model, hidden, y, others)
+def _bounded(
+    model: ImageClassifier,
+    box: Box,
+    hidden: Sequence[Box],
+    y: Tensor,
+    others: Tensor,
+    lines: Sequence[Tensor],
+) -> _Parts:
+    leads = lead_bounds(model, hidden, y, others, lines)
     bounds = leads.largest(box)
-    if not len(others):
-        return _Parts(*box, bounds, torch.zeros_like(box.lower))
     worst = bounds.argmax(1)
-    return _Parts(*box, bounds, leads.slope[torch.arange(len(worst)), worst])
+    return _Parts(*box, bounds, leads.slope[torch.arange(len(worst), device=worst.device), worst])
 
 
 def _halved(parts: _Parts) -> Box:

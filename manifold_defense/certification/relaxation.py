@@ -20,6 +20,7 @@ from manifold_defense.classifiers import ImageClassifier
 Layer = Callable[[Tensor], Tensor]
 
 _TOGETHER = 512  # functions that are bounded at once
+_FITS = 10
 
 
 class Linear(NamedTuple):
@@ -35,14 +36,47 @@ class Linear(NamedTuple):
         return (slope.clamp(min=0) @ upper + slope.clamp(max=0) @ lower).squeeze(2) + self.offset
 
 
-def lead_bounds(model: ImageClassifier, hidden: Sequence[Box], y: Tensor, classes: Tensor) -> Linear:
+def lead_bounds(
+    model: ImageClassifier,
+    hidden: Sequence[Box],
+    y: Tensor,
+    classes: Tensor,
+    lines: Sequence[Tensor] | None = None,
+) -> Linear:
     """Above the leads `Z_j − Z_y` of `classes` (S,) over the label y, (), wherever `hidden` holds.
 
-    `hidden` bounds what goes into each ReLU, as `hidden_boxes` or, tighter, `tightened` has it.
+    `hidden` bounds what goes into each ReLU, as `hidden_boxes` or, tighter, `tightened` has it. `lines` are
+    the slopes in [0, 1] of the lines below each, (1, S, ...), those of `fitted_lines`; without, 0 or 1.
     """
     weight, bias, boxes = model.head.weight, model.head.bias, len(hidden[0].lower)
     slope = (weight[classes] - weight[y]).expand(boxes, -1, -1)
-    return _back(model, chain(model.body), hidden, slope, (bias[classes] - bias[y]).expand(boxes, -1))
+    offset = (bias[classes] - bias[y]).expand(boxes, -1)
+    return _back(model, chain(model.body), hidden, slope, offset, lines)
+
+
+def fitted_lines(
+    model: ImageClassifier, box: Box, hidden: Sequence[Box], y: Tensor, classes: Tensor
+) -> list[Tensor]:
+    """Lines for `lead_bounds` whose leads in one box are the lowest that ten steps of Adam find.
+
+    Any are sound, in the box and in its parts (α-CROWN; Xu et al. 2021).
+    """
+    lines = [
+        _nearer(each.lower, each.upper).unsqueeze(1).repeat(1, len(classes), *(1,) * (each.lower.dim() - 1))
+        for each in hidden
+    ]
+    with torch.enable_grad():
+        for line in lines:
+            line.requires_grad_(True)
+        adam = torch.optim.Adam(lines, lr=0.1)
+        for _ in range(_FITS):
+            bound = lead_bounds(model, hidden, y, classes, lines).largest(box).sum()
+            for line, gradient in zip(lines, torch.autograd.grad(bound, lines), strict=True):
+                line.grad = gradient
+            adam.step()
+            for line in lines:
+                line.data.clamp_(0, 1)
+    return [line.detach() for line in lines]
 
 
 class Hidden(NamedTuple):
@@ -97,14 +131,20 @@ def _met(box: Box, neurons: Tensor, ends: Tensor) -> Box:
 
 
 def _back(
-    model: ImageClassifier, layers: Sequence[nn.Module], hidden: Sequence[Box], slope: Tensor, offset: Tensor
+    model: ImageClassifier,
+    layers: Sequence[nn.Module],
+    hidden: Sequence[Box],
+    slope: Tensor,
+    offset: Tensor,
+    lines: Sequence[Tensor] | None = None,
 ) -> Linear:
     """Above `slope · v + offset`, v what comes out of the layers: slopes (B, S, ...), offsets (B, S)."""
     boxes = list(hidden[: sum(isinstance(layer, nn.ReLU) for layer in layers)])
+    below: list[Tensor | None] = list(lines) if lines is not None else [None] * len(boxes)
     steps: list[Layer] = [lambda x: (x - model.mean) / model.std, *layers]
     for layer, shape in zip(reversed(steps), reversed(_shapes(model, steps)), strict=True):
         if isinstance(layer, nn.ReLU):
-            slope, offset = _back_through_relu(slope, offset, boxes.pop())
+            slope, offset = _back_through_relu(slope, offset, boxes.pop(), below.pop())
         else:
             slope, offset = _back_through_affine(slope, offset, layer, shape)
     return Linear(slope, offset)
@@ -129,11 +169,17 @@ def _back_through_affine(
     return back.reshape(*slope.shape[:2], *shape), offset
 
 
-def _back_through_relu(slope: Tensor, offset: Tensor, box: Box) -> tuple[Tensor, Tensor]:
-    """Where the slope is positive below the chord, else above 0 or the input itself, whichever is nearer."""
+def _back_through_relu(slope: Tensor, offset: Tensor, box: Box, line: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where the slope is positive below the chord, else above a line through 0."""
     low, high = box.lower.clamp(max=0).unsqueeze(1), box.upper.clamp(min=0).unsqueeze(1)
     chord = high / (high - low).clamp(min=torch.finfo(low.dtype).tiny)
-    line = (high > -low).to(chord)
+    # Of one sign alone a ReLU is its chord, which is 0 or 1.
+    below = _nearer(low, high) if line is None else torch.where((low < 0) & (high > 0), line, chord)
     rising = slope.clamp(min=0)
     offset = offset - (rising.flatten(2) @ (chord * low).flatten(1).unsqueeze(2)).squeeze(2)
-    return rising * chord + (slope - rising) * line, offset
+    return rising * chord + (slope - rising) * below, offset
+
+
+def _nearer(low: Tensor, high: Tensor) -> Tensor:
+    """0 or 1: which of 0 and the input itself is the nearer to its ReLU, by area."""
+    return (high > -low).to(low)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gan.optimisation import seeded
 from manifold_defense.certification import linear_worst_margin
 from manifold_defense.certification.intervals import Box, box_logits, hidden_boxes
-from manifold_defense.certification.relaxation import lead_bounds, tightened
+from manifold_defense.certification.relaxation import fitted_lines, lead_bounds, tightened
 from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
 
 OTHERS = torch.tensor([0, 1, 2, 4, 5, 6, 7, 8, 9])
@@ -87,8 +87,9 @@ def test_no_image_of_a_box_is_outside_its_bounds(digits: Any, name: str, size: f
             assert (value >= narrow.lower - 1e-12).all()
             assert (value <= narrow.upper + 1e-12).all()
         true = leads(model, images)
-        for hidden in (loose, tight):
-            bounds = lead_bounds(model, hidden, LABEL, OTHERS)
+        fitted = fitted_lines(model, box, tight, LABEL, OTHERS)
+        for hidden, lines in ((loose, None), (tight, None), (tight, fitted)):
+            bounds = lead_bounds(model, hidden, LABEL, OTHERS, lines)
             line = images.flatten(1) @ bounds.slope[0].flatten(1).T + bounds.offset
             largest = bounds.largest(box)
             assert (true <= line + 1e-12).all()
@@ -135,6 +136,26 @@ def test_they_are_exact_where_no_relu_bends(digits: Any, name: str) -> None:
     lowest = linear_worst_margin(weight, bias, x, y, norm="linf", eps=0.2)
     bounds = lead_bounds(model, hidden, LABEL, OTHERS).largest(box)
     torch.testing.assert_close(-bounds.amax(1), lowest, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["cnn", "shallow", "odd"])
+def test_fitted_lines_bring_the_bounds_down_and_hold_in_parts(digits: Any, name: str) -> None:
+    model, box = network(name).requires_grad_(True), boxes(digits, 1, 0.1)
+    with torch.no_grad():
+        hidden = tightened(model, box)
+        lines = fitted_lines(model, box, hidden.boxes, LABEL, OTHERS)
+        plain, fitted = (
+            lead_bounds(model, hidden.boxes, LABEL, OTHERS, given).largest(box) for given in (None, lines)
+        )
+        middle = (box.lower + box.upper) / 2
+        part = Box(torch.cat([box.lower, middle]), torch.cat([middle, box.upper]))
+        known = hidden_boxes(model, part, hidden.within(part))
+        bounds = lead_bounds(model, known, LABEL, OTHERS, lines).largest(part)
+        true = leads(model, inside(part, 200).flatten(0, 1)).unflatten(0, (200, 2)).amax(0)
+    assert all(((line >= 0) & (line <= 1)).all() for line in lines)
+    assert fitted.sum() < plain.sum() - 0.01 * (plain - leads(model, middle)).sum()
+    assert (true <= bounds + 1e-12).all()
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_what_is_known_already_is_kept(digits: Any) -> None:
