@@ -22,7 +22,7 @@ class IntervalBounds(Base):
     After `warmup` of the training, on clean images alone, the radius grows to eps over `ramp` of it while
     κ falls from 1 to `kappa`. With `free` below 1 only that share of the pixels, drawn anew, is bounded over
     all its reach; the others stand where an attack of `steps` puts them (after Müller et al. 2023, who bound
-    a smaller box around it): a classifier less held back, of which intervals alone prove nothing, and branch
+    a smaller box around it): a classifier less held back, of which intervals alone prove less, and branch
     and bound more. The model must be one that the bounds can follow, a binarised one for example.
     """
 
