@@ -37,8 +37,8 @@ def project(
     Deterministic, and per image: neither the batch nor the caller's gradient or inference mode
     changes the result (beyond rounding, which a solver can amplify where the generator has a kink).
     The result carries no gradient; see `project_exactly` for one that does. A bank or metric that the
-    config asks for is computed unless it is passed. Raises ValueError for anything but finite float images of the generator's
-    shape in [0, 1]; an empty batch gives an empty projection.
+    config asks for is computed unless it is passed. Raises ValueError for anything but finite float
+    images of the generator's shape in [0, 1]; an empty batch gives an empty projection.
     """
     check_images(x, generator.image_shape)
     with torch.inference_mode(False), torch.enable_grad():
