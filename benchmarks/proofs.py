@@ -48,9 +48,10 @@ def main(
     read = read_images(data, settings, images)
     model = Preprocessed(Binarise(), read.classifier(classifier)).eval().requires_grad_(False)
     weights = (classifier / "classifier.safetensors").read_bytes()
+    test = read.dataset.test
     asked = {
-        "sha256": hashlib.sha256(weights).hexdigest(),
-        "data": data,
+        "weights": hashlib.sha256(weights).hexdigest(),
+        "data": hashlib.sha256(test.images.numpy().tobytes() + test.labels.numpy().tobytes()).hexdigest(),
         "eps": eps,
         "boxes": boxes,
     }

@@ -118,6 +118,8 @@ def test_proofs_go_on_where_they_stopped(
     assert "of other weights, data, eps or boxes" in error_of(
         run("proofs", *given, "--eps", 0.1, "--json", part)
     )
+    other = ("--set", "data.test_images=30")
+    assert "of other weights, data" in error_of(run("proofs", *given, *other, "--json", part))
     assert part.read_text() == before
     part.write_text("[]")
     assert "no result of this command" in error_of(run("proofs", *given, "--json", part))

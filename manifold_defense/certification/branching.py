@@ -15,7 +15,7 @@ from torch import Tensor
 
 from manifold_defense.attacks import pgd
 from manifold_defense.certification.certificates import Certificates
-from manifold_defense.certification.intervals import Box, box_logits, hidden_boxes
+from manifold_defense.certification.intervals import Box, hidden_boxes, intervals_prove
 from manifold_defense.certification.relaxation import fitted_lines, lead_bounds, tightened
 from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.evaluation.baselines import Binarise, Preprocessed
@@ -49,10 +49,9 @@ def decide(model: Preprocessed, x: Tensor, y: Tensor, eps: float, *, boxes: int 
     lower, upper = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
     black, white, own = (model.preprocess.deployed(images) for images in (lower, upper, x))
     broken = model(x).argmax(1) != y
+    proved = ~broken & intervals_prove(model, x, y, eps)
     classifier = model.classifier
-    bounds = box_logits(classifier, black, white, y)
-    assert isinstance(classifier, ImageClassifier)  # which the bounds ask for
-    proved = ~broken & (bounds.scatter(1, y.unsqueeze(1), -torch.inf).amax(1) < 0)
+    assert isinstance(classifier, ImageClassifier)  # which the intervals ask for
     x_adv = x.clone()
     for i in (~proved & ~broken).nonzero()[:, 0].tolist():
         image = _attacked(model, x[i], y[i], eps)
@@ -161,5 +160,6 @@ def _halved(parts: _Parts) -> Box:
     gain = (parts.slope.abs() + torch.finfo(width.dtype).tiny) * width
     pixel = gain.flatten(1).argmax(1, keepdim=True)
     chosen = torch.zeros_like(gain).flatten(1).scatter(1, pixel, 1.0).view_as(gain) > 0
-    black, white = (torch.where(chosen, end, other) for end, other in (parts[:2], parts[1::-1]))
+    black = torch.where(chosen, parts.lower, parts.upper)
+    white = torch.where(chosen, parts.upper, parts.lower)
     return Box(torch.cat([parts.lower, white]), torch.cat([black, parts.upper]))

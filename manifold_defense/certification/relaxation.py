@@ -20,7 +20,7 @@ from manifold_defense.classifiers import ImageClassifier
 Layer = Callable[[Tensor], Tensor]
 
 _TOGETHER = 512  # functions that are bounded at once
-_FITS = 10
+_FITS = 10  # steps that fit the lower lines; the next thirty gain a tenth of what these do
 
 
 class Linear(NamedTuple):
