@@ -6,16 +6,17 @@
 
 Attacks run from cheap to dear, and only images that survived go on: PGD that knows the classifier alone,
 PGD of `--approximate-steps` through the views that approximate, of `--steps` through the exact one, APGD of
-five times as many, PGD from ten times as many windows as `--restarts`, Square, which needs no gradient; at
-the end each meets the images that broke the others. Every preset is set beside the first of them, image by
-image, by a sign test. Threats beyond a ball, such as `--threat patch:7`, meet the attacks that are for
-them.
+five times as many, PGD from ten times as many windows as `--restarts`, a search of the generator's range,
+feature matching, Square, which needs no gradient; at the end each meets the images that broke the others.
+Every preset is set beside the first of them, image by image, by a sign test. Threats beyond a ball, such as
+`--threat patch:7`, meet the attacks that are for them.
 Views of a preset with several restarts are those of its first restart alone, which is one of the deployed
 ones: a step through all ten of the reference costs ten times as much. `--proxy reference=accurate` puts the
 exact gradient of the one, at the latents that it finds, in the place of the other's: weaker, which flatters
-it, but it can be afforded. With `--beside FILE` each preset is set beside those of an earlier run's JSON as
-well, of the same images. Baselines stand beside the filters. Every row is examined for masked gradients on
-`--checks` images, and says so.
+it, but it can be afforded. Attacks press on after they fooled what only stands in for the deployed preset.
+With `--beside FILE` each preset is set beside those of an earlier run's JSON as well, of the same images.
+Baselines stand beside the filters. Every row is examined for masked gradients on `--checks` images, and
+says so.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ def make_defences(
         views = dict(Defence.filtered(name, first_restart(name)).attacked)
         if name in proxies:
             views["exact"] = first_restart(proxies[name])
-        defences.append(Defence(name, deployed, views))
+        of_one = set(views) if PRESETS[name].restarts > 1 else set()  # restart alone
+        others = frozenset({"unaware", *of_one, *(["exact"] if name in proxies else [])})
+        defences.append(Defence(name, deployed, views, surrogates=others))
     return defences
 
 
@@ -90,6 +93,8 @@ def make_attacks(steps: int, approximate_steps: int, restarts: int, queries: int
         AttackConfig("pgd", steps, restarts, "both" if restarts > 1 else "ce", views=("unaware", "exact")),
         AttackConfig("apgd", 5 * steps, views=("exact",)),
         AttackConfig("window_pgd", steps, 10 * restarts, views=("exact",)),
+        AttackConfig("range", steps),
+        AttackConfig("feature_matching", approximate_steps, views=("exact",)),
         AttackConfig("pgd_l0", steps, restarts, views=("unaware", "exact")),
         AttackConfig("patch", approximate_steps, restarts, views=("unaware", "exact")),
         AttackConfig("corruption", steps=3),

@@ -60,8 +60,7 @@ def attack_images(job: Job, x: Tensor, y: Tensor, seed: int, meter: Meter | None
     if job.attack is None or job.threat is None or job.view is None:
         return x
     attacked = job.defence.answering if job.view == NO_GRADIENT else job.defence.attacked[job.view]
-    # Fooling the attacked model is not the end where another judges, or the same on other draws.
-    press = job.view == "unaware" or job.defence.draws > 1
+    press = job.defence.presses(job.view)
     counted = meter.counted if meter else None
     attack = job.attack.bind(job.threat, seed=seed, press=press, model=attacked, counted=counted)
     with seeded(attacked, 2 * seed):

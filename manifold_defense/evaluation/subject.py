@@ -66,7 +66,8 @@ class Subject:
         key = (attack, view, scale)
         if key not in self._kept:
             norm, eps = self.threat.norm, self.threat.eps * scale
-            model = self.defence.strongest if view is None else self.defence.attacked[view]
+            view = self.defence.strongest_view if view is None else view
+            model = self.defence.attacked[view]
             if attack == "noise":
                 made = noise(self.defence.answering, self.x, self.y, norm=norm, eps=eps, seed=self.seed)
             elif attack == "square":
@@ -85,7 +86,7 @@ class Subject:
                     steps=self.steps,
                     restarts=2,
                     loss="both",
-                    stop_early=view != "unaware" and self.defence.draws == 1,
+                    stop_early=not self.defence.presses(view),
                     seed=self.seed,
                 )
             self._kept[key] = made

@@ -238,11 +238,13 @@ class AttackConfig:
 class Defence:
     """A model whose predictions count, and the models that an attacker may differentiate instead.
 
-    trained   the threats that it was trained for: a figure for another one is of an unseen threat
-    draws     of a randomised model: how often each image is judged, on fresh draws; an image counts
-              by the share of them that are right
-    predict   labels (N,) of the deployed model if they are not those of its logits: −1 for an image
-              that it refuses, which counts as right if the image was attacked
+    trained     the threats that it was trained for: a figure for another one is of an unseen threat
+    draws       of a randomised model: how often each image is judged, on fresh draws; an image counts
+                by the share of them that are right
+    predict     labels (N,) of the deployed model if they are not those of its logits: −1 for an image
+                that it refuses, which counts as right if the image was attacked
+    surrogates  the views that do not answer as the deployed model does: an image that fools one of
+                them need not fool it
     """
 
     name: str
@@ -251,11 +253,21 @@ class Defence:
     trained: tuple[Threat, ...] = ()
     draws: int = 1
     predict: Callable[[Tensor], Tensor] | None = None
+    surrogates: frozenset[str] = frozenset({"unaware"})
+
+    def presses(self, view: str) -> bool:
+        """Whether an attack goes on after it fooled this view: another model judges, or other draws."""
+        return view in self.surrogates or self.draws > 1
 
     @property
     def strongest(self) -> Classifier:
-        """What the strongest attack differentiates: the exact view, or the last that there is."""
-        return self.attacked[list(self.attacked)[-1]]
+        """What the strongest attack differentiates."""
+        return self.attacked[self.strongest_view]
+
+    @property
+    def strongest_view(self) -> str:
+        """The exact view, or the last that there is."""
+        return list(self.attacked)[-1]
 
     @property
     def answering(self) -> Classifier:

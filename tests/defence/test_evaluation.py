@@ -354,8 +354,8 @@ def test_costs_are_counted(defended: DefendedClassifier) -> None:
     assert not defended.filter.generator._forward_hooks
 
 
-def test_an_attack_on_a_model_that_draws_presses_on() -> None:
-    """One lucky draw is not the end."""
+def test_an_attack_presses_on_where_another_model_or_other_draws_judge() -> None:
+    """One lucky draw is not the end, nor is a surrogate fooled."""
     seen: list[bool] = []
 
     class Asked(Push):
@@ -364,11 +364,10 @@ def test_an_attack_on_a_model_that_draws_presses_on() -> None:
             return super().bind(threat, seed=seed, press=press)
 
     x, y = numbered(2)
-    for draws in (1, 3):
-        evaluate(
-            [Defence("a", Coin(), {"exact": Coin()}, draws=draws)], [Asked.of(0.2)], [FAR], x, y, checks=0
-        )
-    assert seen == [False, True]
+    for given in ({}, {"draws": 3}, {"surrogates": frozenset({"exact"})}):
+        defence = Defence("a", Coin(), {"exact": Coin()}, **given)
+        evaluate([defence], [Asked.of(0.2)], [FAR], x, y, checks=0)
+    assert seen == [False, True, True]
 
 
 def test_two_defences_of_one_name_are_refused(classifier: nn.Module) -> None:
