@@ -46,13 +46,14 @@ class ImageClassifier(nn.Module):
     ) -> None:
         """`mean` and `std` are per channel, (C,), of the training images."""
         super().__init__()
-        channels = image_shape[0]
-        self.image_shape, self.classes, self.config = tuple(image_shape), classes, config
+        channels, height, width = image_shape
+        self.image_shape = (channels, height, width)
+        self.classes, self.config = classes, config
         mean = torch.full((channels,), 0.5) if mean is None else mean
         std = torch.full((channels,), 0.5) if std is None else std
         self.register_buffer("mean", mean.detach().float().view(1, -1, 1, 1).clone())
         self.register_buffer("std", std.detach().float().view(1, -1, 1, 1).clone())
-        self.body, self.head = _BUILDERS[config.name](image_shape, classes, config.width)
+        self.body, self.head = _BUILDERS[config.name](self.image_shape, classes, config.width)
         # Faster on a CPU, up to twice at width 32.
         self.to(memory_format=torch.channels_last)
 

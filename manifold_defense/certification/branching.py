@@ -15,7 +15,7 @@ from torch import Tensor
 
 from manifold_defense.attacks import pgd
 from manifold_defense.certification.certificates import Certificates
-from manifold_defense.certification.intervals import Box, hidden_boxes, intervals_prove
+from manifold_defense.certification.intervals import Box, followed, hidden_boxes, intervals_prove
 from manifold_defense.certification.relaxation import fitted_lines, lead_bounds, tightened
 from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.evaluation.baselines import Binarise, Preprocessed
@@ -33,12 +33,14 @@ class Verdicts(NamedTuple):
     x_adv: Tensor  # (N, C, H, W): that one, within eps and [0, 1]; else the image itself
 
 
+@torch.inference_mode(False)  # within it nothing can be differentiated
 @torch.no_grad()
 def decide(model: Preprocessed, x: Tensor, y: Tensor, eps: float, *, boxes: int = 2000) -> Verdicts:
     """Whether an image within eps of x (N, C, H, W) and inside [0, 1] has another label than y (N,).
 
     Bounds at most some `boxes` parts of the box of an image. Raises TypeError for a model that is not an
-    `ImageClassifier` behind `Binarise`, ValueError for an eps or a number of boxes out of range.
+    `ImageClassifier` behind `Binarise`, ValueError for an eps or a number of boxes out of range and for
+    images that are not those of the model in [0, 1].
     """
     if not isinstance(model, Preprocessed) or not isinstance(model.preprocess, Binarise):
         raise TypeError(f"branch and bound follows a classifier behind Binarise, got {type(model).__name__}")
@@ -46,12 +48,12 @@ def decide(model: Preprocessed, x: Tensor, y: Tensor, eps: float, *, boxes: int 
         raise ValueError(f"eps: expected at least 0, got {eps}")
     if boxes < 1:
         raise ValueError(f"boxes: expected at least 1, got {boxes}")
+    x, y, classifier = x.clone(), y.clone(), followed(model)
+    proved = intervals_prove(model, x, y, eps)
     lower, upper = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
     black, white, own = (model.preprocess.deployed(images) for images in (lower, upper, x))
     broken = model(x).argmax(1) != y
-    proved = ~broken & intervals_prove(model, x, y, eps)
-    classifier = model.classifier
-    assert isinstance(classifier, ImageClassifier)  # which the intervals ask for
+    proved &= ~broken
     x_adv = x.clone()
     for i in (~proved & ~broken).nonzero()[:, 0].tolist():
         image = _attacked(model, x[i], y[i], eps)

@@ -13,6 +13,7 @@ from manifold_defense.certification.certificates import Certificates
 from manifold_defense.certification.lipschitz import chain
 from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.evaluation.baselines import Preprocessed
+from manifold_defense.projection import check_images
 from manifold_defense.types import Classifier
 
 _BISECTIONS = 12
@@ -42,23 +43,14 @@ def interval_logits(model: Bounded, x: Tensor, y: Tensor, eps: float | Tensor) -
     Differentiable in the weights. Raises TypeError for a model that the bounds cannot follow.
     """
     eps = eps.view(-1, 1, 1, 1) if isinstance(eps, Tensor) and eps.dim() == 1 else eps
-    lower, upper = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
+    inner, lower, upper = followed(model), (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
     if isinstance(model, Preprocessed):
-        if not model.preprocess.monotone:
-            raise TypeError(f"interval bounds cannot follow {type(model.preprocess).__name__}")
-        lower, upper, inner = model.preprocess(lower), model.preprocess(upper), model.classifier
-    else:
-        inner = model
+        lower, upper = model.preprocess(lower), model.preprocess(upper)
     return box_logits(inner, lower, upper, y)
 
 
-def box_logits(model: Classifier, lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
-    """Upper bounds (N, K) of `Z_j − Z_y` between images lower and upper (N, C, H, W); 0 at y (N,).
-
-    Raises TypeError for a model that the bounds cannot follow.
-    """
-    if not isinstance(model, ImageClassifier):
-        raise TypeError(f"interval bounds follow an ImageClassifier, got {type(model).__name__}")
+def box_logits(model: ImageClassifier, lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
+    """Upper bounds (N, K) of `Z_j − Z_y` between images lower and upper (N, C, H, W); 0 at y (N,)."""
     *_, features = _followed(model, Box(lower, upper))
     centre, radius = features.middle()
     weight, bias = model.head.weight, model.head.bias
@@ -66,6 +58,17 @@ def box_logits(model: Classifier, lower: Tensor, upper: Tensor, y: Tensor) -> Te
     difference = weight.unsqueeze(0) - own.unsqueeze(1)  # (N, K, F)
     bounds = (difference @ centre.unsqueeze(2) + difference.abs() @ radius.unsqueeze(2)).squeeze(2)
     return bounds + bias - bias[y].unsqueeze(1)
+
+
+def followed(model: Classifier) -> ImageClassifier:
+    """The classifier in it whose layers the bounds follow; TypeError for a model that they cannot follow."""
+    if isinstance(model, Preprocessed):
+        if not model.preprocess.monotone:
+            raise TypeError(f"interval bounds cannot follow {type(model.preprocess).__name__}")
+        model = model.classifier
+    if not isinstance(model, ImageClassifier):
+        raise TypeError(f"interval bounds follow an ImageClassifier, got {type(model).__name__}")
+    return model
 
 
 def hidden_boxes(model: ImageClassifier, box: Box, known: Sequence[Box] = ()) -> list[Box]:
@@ -104,7 +107,11 @@ def _through(layer: nn.Module, box: Box) -> Box:
 
 @torch.no_grad()
 def intervals_prove(model: Bounded, x: Tensor, y: Tensor, eps: float | Tensor) -> Tensor:
-    """Whether no image of a box can have another label than y (N,), by `interval_logits`; (N,)."""
+    """Whether no image of a box can have another label than y (N,), by `interval_logits`; (N,).
+
+    Raises ValueError for images x (N, C, H, W) that are not those of the model in [0, 1].
+    """
+    check_images(x, followed(model).image_shape)
     bounds = interval_logits(model, x, y, eps)
     return bounds.scatter(1, y.unsqueeze(1), -torch.inf).amax(1) < 0
 

@@ -150,3 +150,20 @@ def test_says_what_it_cannot_follow(binarised: Preprocessed, digits: Any) -> Non
         decide(binarised, x, y, float("nan"))
     with pytest.raises(ValueError, match="boxes: expected at least 1, got 0"):
         decide(binarised, x, y, EPS, boxes=0)
+    for images, said in (
+        (255 * x, r"images: expected values in \[0, 1\], got \[0, 255\]"),
+        ((255 * x).byte(), "images: expected floats"),
+        (x[:, :, :4], r"images: expected shape \(N, 1, 8, 8\), got \(2, 1, 4, 8\)"),
+    ):
+        for asked in (decide, intervals_prove):
+            with pytest.raises(ValueError, match=said):
+                asked(binarised, images, y, EPS)
+
+
+def test_inference_mode_changes_no_verdict(binarised: Preprocessed, digits: Any) -> None:
+    x, y = digits[0][:10], digits[1][:10]
+    outside = decide(binarised, x, y, EPS, boxes=50)
+    with torch.inference_mode():
+        inside = decide(binarised, x + 0, y + 0, EPS, boxes=50)
+    assert (outside.proved | outside.broken).any()
+    assert all(torch.equal(*pair) for pair in zip(outside, inside, strict=True))
