@@ -96,6 +96,7 @@ def make_attacks(steps: int, approximate_steps: int, restarts: int, queries: int
         AttackConfig("range", steps),
         AttackConfig("feature_matching", approximate_steps, views=("exact",)),
         AttackConfig("pgd_l0", steps, restarts, views=("unaware", "exact")),
+        AttackConfig("stroke_search", restarts=restarts, views=("exact",)),
         AttackConfig("patch", approximate_steps, restarts, views=("unaware", "exact")),
         AttackConfig("corruption", steps=3),
     ]

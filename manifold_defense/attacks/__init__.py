@@ -23,7 +23,7 @@ from manifold_defense.attacks.on_range import range_attack
 from manifold_defense.attacks.pairs import Pairs, overpowered_pairs, pair_break
 from manifold_defense.attacks.patch import patch
 from manifold_defense.attacks.pgd import fgsm, pgd
-from manifold_defense.attacks.sparse import pgd_l0, sparse_rs
+from manifold_defense.attacks.sparse import pgd_l0, sparse_rs, stroke_search
 from manifold_defense.attacks.square import square
 from manifold_defense.attacks.window import window_pgd
 
@@ -57,5 +57,6 @@ __all__ = [
     "range_attack",
     "sparse_rs",
     "square",
+    "stroke_search",
     "window_pgd",
 ]

@@ -79,6 +79,9 @@ def detector_aware(
     def margin_of(images: Tensor, labels: Tensor) -> Tensor:
         return margins(model(images), labels, targeted)
 
+    def place(clean: Tensor, drawn: Tensor) -> Tensor:
+        return shape.place(clean, drawn, eps, (0.0, 1.0))
+
     with evaluation_mode(model), evaluation_mode(residual):
         best_margin = x.new_full((len(x),), -torch.inf)
         found = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -92,7 +95,7 @@ def detector_aware(
                 current = (x + shape.project(shape.sample(x, eps, rng), eps)).clamp(0, 1)
             elif restart:
                 draw = draw_windows if restart % 3 == 2 or len(x) == 1 else draw_pieces
-                current[active] = best_drawn(draw, margin_of, x, y, active, norm, eps, tries, rng)
+                current[active] = best_drawn(draw, margin_of, place, x, y, active, tries, rng)
             for step in range(steps + 1):
                 if len(active) == 0:
                     break

@@ -12,7 +12,7 @@ from manifold_defense.types import Classifier
 
 # draw(*shape): numbers uniform in [0, 1), (N, *shape), a row for each image that is being attacked.
 Draw = Callable[..., Tensor]
-# (clean, draw) to first images, (N, C, H, W)
+# (rows, draw) to the first images (M, C, H, W) of those rows (M,)
 Start = Callable[[Tensor, Draw], Tensor]
 # (current, clean, share of the queries that is spent, draw) to the images to try next, (N, C, H, W)
 Propose = Callable[[Tensor, Tensor, float, Draw], Tensor]
@@ -59,7 +59,7 @@ def random_search(
 
                 clean = x[active]
                 if step == 0:
-                    tried = start(clean, draw)
+                    tried = start(active, draw)
                 else:
                     tried = propose(current[active], clean, step / steps, draw)
                 logits = model(tried)

@@ -1,19 +1,24 @@
-"""Attacks that may change `eps` pixels and those as they like (L0): by gradient, and by random search."""
+"""Attacks that may change `eps` pixels and those as they like (L0): by gradient, random search, and both."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from manifold_defense.attacks.ascent import ascend
+from manifold_defense.attacks.objective import margins
 from manifold_defense.attacks.random_search import Draw, random_search
+from manifold_defense.attacks.window import best_drawn, draw_pieces
 from manifold_defense.types import Classifier, Norm
 
 # Sparse-RS: of 10,000 queries, those after which the initial share of pixels to exchange is divided
 # by this (the paper's schedule for L0).
 _DIVIDED = ((0, 2), (50, 4), (200, 5), (500, 6), (1000, 8), (2000, 10), (4000, 12), (6000, 15), (8000, 20))
+_EXCHANGED = 0.3  # of the pixels of `stroke_search`, in the first step up a gradient
 
 
 def pgd_l0(
@@ -93,21 +98,11 @@ def sparse_rs(
     if not 0 < initial_share <= 1:
         raise ValueError(f"initial_share: expected above 0 and at most 1, got {initial_share}")
 
-    def start(clean: Tensor, draw: Draw) -> Tensor:
+    def start(rows: Tensor, draw: Draw) -> Tensor:
+        clean = x[rows]
         return torch.where(_first(draw(*clean.shape[2:]), count), _corners(clean, draw), clean)
 
-    def propose(current: Tensor, clean: Tensor, spent: float, draw: Draw) -> Tensor:
-        divisor = [divided for query, divided in _DIVIDED if 10_000 * spent > query][-1]
-        exchanged = min(max(round(initial_share * count / divisor), 1), count)
-        changed = (current != clean).any(1, keepdim=True)
-        # Scores in [0, 1) for whom a draw is for, out of reach for the others.
-        returned = _first(draw(*clean.shape[2:]) + 2 * ~changed[:, 0], exchanged) & changed
-        kept = changed & ~returned
-        # A pixel given back may be drawn again: in another colour, if it has more than one channel.
-        drawn = _first(draw(*clean.shape[2:]) + 2 * kept[:, 0], exchanged) & ~kept
-        tried = torch.where(kept, current, clean)
-        return torch.where(drawn, _corners(clean, draw), tried)
-
+    propose = partial(_propose, count=count, initial_share=initial_share)
     return random_search(
         model,
         x,
@@ -122,6 +117,129 @@ def sparse_rs(
     )
 
 
+def stroke_search(
+    model: Classifier,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: Norm = "l0",
+    eps: float = 10,
+    steps: int = 30,
+    restarts: int = 4,
+    strokes: int = 4,
+    tries: int = 50,
+    queries: int = 2500,
+    targeted: bool = False,
+    stop_early: bool = True,
+    seed: int = 0,
+) -> Tensor:
+    """Images that differ from x (N, C, H, W) in `eps` pixels: by strokes, their gradient, and random search.
+
+    A restart begins `strokes` times at the best of `tries` strokes, lines of one colour at any place and
+    angle, or, by turns, of pieces of other images of the batch, as far as so many pixels draw them, and
+    climbs the margin for `steps` gradients, each of which exchanges some of the pixels for those that
+    promise most; the best of what it found then meets Sparse-RS of so many `queries`. Pixels drawn one by
+    one, as by `pgd_l0` and `sparse_rs`, are noise that a filter takes away; a stroke could belong to a
+    digit. No part alone finds what they find together (docs/results.md). Returns the image of the highest
+    margin found, the clean one included; what pieces find depends on the batch.
+    """
+    count = _pixels(norm, eps)
+    if steps < 1 or strokes < 1 or tries < 1 or queries < 1:
+        raise ValueError(
+            f"expected steps, strokes, tries, queries ≥ 1, got {steps}, {strokes}, {tries}, {queries}"
+        )
+    rng = torch.Generator().manual_seed(seed)
+    x = x.detach()
+    begun = itertools.count()
+
+    def margin(images: Tensor, labels: Tensor) -> Tensor:
+        return margins(model(images), labels, targeted)
+
+    def place(clean: Tensor, drawn: Tensor) -> Tensor:
+        return _nearest_sparse(drawn, clean, count)
+
+    def move(clean: Tensor, at: Tensor, gradient: Tensor, left: float) -> Tensor:
+        corners = (gradient > 0).to(clean)
+        kept, drawn = (gradient * (to - clean) for to in (at, corners))
+        many = min(max(round(_EXCHANGED * count * left), 1), count)
+        return _exchange(at, clean, corners, kept.sum(1), -drawn.sum(1), many, count)
+
+    def start(rows: Tensor, draw: Draw) -> Tensor:
+        def begin(those: Tensor) -> Tensor:
+            pieces = next(begun) % 2 and len(x) > 1
+            shapes = draw_pieces if pieces else partial(draw_strokes, count=count)
+            return best_drawn(shapes, margin, place, x, y, rows[those], tries, rng)
+
+        return ascend(
+            model,
+            x[rows],
+            y[rows],
+            begin,
+            move,
+            steps=steps,
+            restarts=strokes,
+            loss="margin",
+            targeted=targeted,
+            stop_early=stop_early,
+        )
+
+    return random_search(
+        model,
+        x,
+        y,
+        start,
+        partial(_propose, count=count, initial_share=_EXCHANGED),
+        steps=queries,
+        restarts=restarts,
+        targeted=targeted,
+        stop_early=stop_early,
+        seed=seed + 1,
+    )
+
+
+def draw_strokes(x: Tensor, rng: torch.Generator, *, count: int) -> Tensor:
+    """Images (N, C, H, W) in each of which a line of `count` pixels is white or black, a channel each.
+
+    One to three pixels wide, anywhere and at any angle; where the image ends, the rest lies beside it.
+    """
+    n, channels, height, width = x.shape
+    turned, down, right, half = (torch.rand(n, 1, 1, generator=rng) for _ in range(4))
+    rows = torch.arange(height).view(-1, 1) - down * (height - 1)
+    columns = torch.arange(width) - right * (width - 1)
+    along = columns * (math.pi * turned).cos() + rows * (math.pi * turned).sin()
+    across = rows * (math.pi * turned).cos() - columns * (math.pi * turned).sin()
+    outside = across.abs() > 0.5 + (3 * half).floor() / 2
+    score = along.abs() + across.abs() * outside + outside * (height + width)
+    colour = (torch.rand(n, channels, 1, 1, generator=rng) < 0.5).to(x)
+    return torch.where(_first(score, count).to(x.device), colour, x)
+
+
+def _propose(
+    current: Tensor, clean: Tensor, spent: float, draw: Draw, *, count: int, initial_share: float
+) -> Tensor:
+    """What Sparse-RS tries next: some of the changed pixels are given back, others drawn."""
+    divisor = [divided for query, divided in _DIVIDED if 10_000 * spent > query][-1]
+    many = min(max(round(initial_share * count / divisor), 1), count)
+    returned, drawn = draw(*clean.shape[2:]), draw(*clean.shape[2:])
+    return _exchange(current, clean, _corners(clean, draw), returned, drawn, many, count)
+
+
+def _exchange(
+    at: Tensor, clean: Tensor, corners: Tensor, returned: Tensor, drawn: Tensor, many: int, count: int
+) -> Tensor:
+    """Images that differ from `clean` in `count` pixels, all but `many` of them as in `at`.
+
+    Of those that are changed in `at`, `many` of the lowest scores `returned` (N, H, W) are given back, and of
+    all that are then clean so many of the lowest scores `drawn` take their corners that `count` are changed.
+    """
+    changed = (at != clean).any(1, keepdim=True)
+    kept = changed & ~_first(returned.masked_fill(~changed[:, 0], torch.inf), many)
+    # A pixel given back may be drawn again: in another colour, if it has more than one channel.
+    wanted = count - kept.flatten(1).sum(1)
+    taken = _first(drawn.masked_fill(kept[:, 0], torch.inf), wanted) & ~kept
+    return torch.where(taken, corners, torch.where(kept, at, clean))
+
+
 def _pixels(norm: str, eps: float) -> int:
     """How many pixels may change, or a ValueError."""
     if norm != "l0":
@@ -131,11 +249,14 @@ def _pixels(norm: str, eps: float) -> int:
     return int(eps)
 
 
-def _first(scores: Tensor, count: int) -> Tensor:
-    """The `count` lowest of scores (N, H, W) in each image, (N, 1, H, W)."""
+def _first(scores: Tensor, count: int | Tensor) -> Tensor:
+    """The `count` lowest of scores (N, H, W), for all or one for each image (N,): (N, 1, H, W)."""
     flat = scores.flatten(1)
-    chosen = flat.topk(min(count, flat.shape[1]), dim=1, largest=False).indices
-    lowest = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, chosen, True)
+    most = count if isinstance(count, int) else int(count.max()) if len(count) else 0
+    chosen = flat.topk(min(most, flat.shape[1]), dim=1, largest=False).indices
+    ranks = torch.arange(chosen.shape[1], device=flat.device).expand_as(chosen)
+    among = ranks < (count if isinstance(count, int) else count.unsqueeze(1))
+    lowest = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, chosen, among)
     return lowest.view_as(scores).unsqueeze(1)
 
 

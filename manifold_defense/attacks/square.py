@@ -43,7 +43,7 @@ def square(
         raise ValueError(f"eps: expected at least 0 and finite, got {eps}")
     if not 0 < initial_share <= 1:
         raise ValueError(f"initial_share: expected above 0 and at most 1, got {initial_share}")
-    start, propose = (_linf if norm == "linf" else _l2)(eps, initial_share)
+    start, propose = (_linf if norm == "linf" else _l2)(x.detach(), eps, initial_share)
     return random_search(
         model,
         x,
@@ -58,10 +58,11 @@ def square(
     )
 
 
-def _linf(eps: float, initial_share: float) -> tuple[Start, Propose]:
+def _linf(x: Tensor, eps: float, initial_share: float) -> tuple[Start, Propose]:
     """Every pixel at ±eps; a proposal gives one square one sign for each channel."""
 
-    def stripes(clean: Tensor, draw: Draw) -> Tensor:
+    def stripes(rows: Tensor, draw: Draw) -> Tensor:
+        clean = x[rows]
         signs = _signs(draw(clean.shape[1], 1, clean.shape[3]))
         return (clean + eps * signs).clamp(0, 1)
 
@@ -80,11 +81,12 @@ def _linf(eps: float, initial_share: float) -> tuple[Start, Propose]:
     return stripes, propose
 
 
-def _l2(eps: float, initial_share: float) -> tuple[Start, Propose]:
+def _l2(x: Tensor, eps: float, initial_share: float) -> tuple[Start, Propose]:
     """Bumps; a proposal moves the L2 mass of one square into another, which gets one more bump."""
     shape = geometry("l2")
 
-    def tiles(clean: Tensor, draw: Draw) -> Tensor:
+    def tiles(rows: Tensor, draw: Draw) -> Tensor:
+        clean = x[rows]
         height, width = clean.shape[-2:]
         side = max(min(height, width) // _TILES, 1)
         delta = torch.zeros_like(clean)

@@ -59,10 +59,13 @@ def window_pgd(
     def margin(images: Tensor, labels: Tensor) -> Tensor:
         return margins(model(images), labels, targeted)
 
+    def place(clean: Tensor, drawn: Tensor) -> Tensor:
+        return shape.place(clean, drawn, eps, (0.0, 1.0))
+
     def start(rows: Tensor) -> Tensor:
         # Two and two, since two losses take turns.
         draw = draw_pieces if next(restart) % 4 >= 2 and len(x) > 1 else draw_windows
-        return best_drawn(draw, margin, x, y, rows, norm, eps, tries, rng)
+        return best_drawn(draw, margin, place, x, y, rows, tries, rng)
 
     def move(clean: Tensor, at: Tensor, gradient: Tensor, left: float) -> Tensor:
         return shape.step(clean, at, gradient, longest * left, eps, (0.0, 1.0))
@@ -85,23 +88,21 @@ def window_pgd(
 def best_drawn(
     draw: Callable[[Tensor, torch.Generator], Tensor],
     score: Callable[[Tensor, Tensor], Tensor],
+    place: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
     y: Tensor,
     rows: Tensor,
-    norm: Norm,
-    eps: float,
     tries: int,
     rng: torch.Generator,
 ) -> Tensor:
-    """Images `rows` (M,) of x (N, C, H, W), labels y (N,), each as the best of `tries` draws in the ball.
+    """Images `rows` (M,) of x (N, C, H, W), labels y (N,), each as the best of `tries` draws.
 
-    `score` takes images (M, C, H, W) and their labels to (M,).
+    `score` takes images (M, C, H, W) and their labels to (M,), `place` images and what was drawn of them
+    into the threat.
     """
-    shape = geometry(norm)
     best, highest = x[rows], x.new_full((len(rows),), -torch.inf)
     for _ in range(tries):
-        tried = x + shape.project(draw(x, rng) - x, eps)
-        tried = shape.place(x[rows], tried[rows], eps, (0.0, 1.0))
+        tried = place(x[rows], draw(x, rng)[rows])
         reached = score(tried, y[rows]).to(highest)
         better = reached > highest
         best = torch.where(column(better, best), tried, best)

@@ -38,7 +38,11 @@ _LAST: Mapping[Norm, tuple[AttackConfig, ...]] = {
     "linf": (*_IN_BALL, _BY_LABELS),
     "l2": (*_IN_BALL, _BY_LABELS),
     "l1": _IN_BALL,
-    "l0": (AttackConfig("pgd_l0", 50, 3, "both"), AttackConfig("sparse_rs", 6000)),
+    "l0": (
+        AttackConfig("pgd_l0", 50, 3, "both"),
+        AttackConfig("stroke_search", restarts=2),
+        AttackConfig("sparse_rs", 6000),
+    ),
     "patch": (AttackConfig("patch", 40, 3, "both"),),
     "corruption": (AttackConfig("corruption", 10),),
 }

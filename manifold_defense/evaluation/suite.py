@@ -29,6 +29,7 @@ AttackName = Literal[
     "deepfool",
     "jsma",
     "pgd_l0",
+    "stroke_search",
     "patch",
     "feature_matching",
     "range",
@@ -131,6 +132,7 @@ SPECS: dict[str, Spec] = {
     "fab": Spec(attacks.fab, _BALLS, restarts="restarts", targets="target_classes", pressing={}),
     "jsma": Spec(attacks.jsma, ("l0",), None, pressing={}),
     "pgd_l0": Spec(attacks.pgd_l0, ("l0",), restarts="restarts", losses=_TWO_LOSSES),
+    "stroke_search": Spec(attacks.stroke_search, ("l0",), restarts="restarts"),
     "patch": Spec(attacks.patch, ("patch",), restarts="restarts", losses=_TWO_LOSSES),
     "feature_matching": Spec(attacks.feature_matching, _BOTH, restarts="restarts", knows=_features),
     # Differentiates the classifier behind the generator, whatever the view.

@@ -34,6 +34,7 @@ from manifold_defense.attacks import (
     range_attack,
     sparse_rs,
     square,
+    stroke_search,
     window_pgd,
 )
 from manifold_defense.attacks.norms import sizes
@@ -113,6 +114,9 @@ ATTACKS: dict[str, partial[Tensor]] = {
     "window-l1": partial(window_pgd, norm="l1", eps=4.0, steps=15, restarts=2, tries=3, stop_early=False),
     "pgd-l0": partial(pgd_l0, norm="l0", eps=4, steps=5),
     "sparse-rs": partial(sparse_rs, norm="l0", eps=4, steps=40),
+    "stroke-search": partial(
+        stroke_search, norm="l0", eps=4, steps=3, restarts=2, strokes=2, tries=3, queries=20
+    ),
     "patch": partial(patch, norm="patch", eps=3, steps=5, locations=4),
     "patch-transfer": partial(patch, norm="patch", eps=3, steps=5, locations=3, stop_early=False),
     "features-linf": partial(feature_matching, norm="linf", eps=0.3, steps=5, features=filtered),
@@ -142,6 +146,7 @@ SEEDED = [
             "square",
             "hop-skip-jump",
             "sparse-rs",
+            "stroke-search",
             "patch",
         )
     )

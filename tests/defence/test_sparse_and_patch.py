@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manifold_defense.attacks import patch, pgd_l0, sparse_rs
+from manifold_defense.attacks import patch, pgd_l0, sparse_rs, stroke_search
 from manifold_defense.attacks.norms import sizes
 from manifold_defense.attacks.objective import fooled, margins
 from manifold_defense.attacks.patch import _candidates
-from manifold_defense.attacks.sparse import _nearest_sparse
+from manifold_defense.attacks.sparse import _exchange, _nearest_sparse, draw_strokes
 from tests.defence.attack_table import GREY, Linear, images, logits_of, network
 
 ONES = torch.ones(3, dtype=torch.long)
@@ -62,6 +62,11 @@ def test_the_best_pixels_of_a_linear_model(shape: Any, label: int, targeted: boo
     assert (sizes("l0", x_adv - x) <= count).all()
     assert (rise(model, x, x_adv, towards) >= 0.99 * best).all()
     assert (rise(model, x, x_adv, towards) <= best * 1.0001).all()
+    x_adv = stroke_search(model, x, y, restarts=1, strokes=1, tries=2, queries=1, **threat)
+    assert (sizes("l0", x_adv - x) <= count).all()
+    # Of a pixel that is kept the colour is kept as well.
+    assert (rise(model, x, x_adv, towards) >= (0.9999 if shape[0] == 1 else 0.9) * best).all()
+    assert (rise(model, x, x_adv, towards) <= best * 1.0001).all()
     if label == 0:
         x_adv = sparse_rs(model, x, y, steps=600, **threat)
         assert (sizes("l0", x_adv - x) <= count).all()
@@ -80,6 +85,7 @@ def test_the_wrong_pixels_would_not_pass() -> None:
     [
         partial(pgd_l0, restarts=5, loss="both"),
         partial(sparse_rs, steps=600),
+        partial(stroke_search, queries=600),
         partial(patch, locations=64, restarts=2),
     ],
 )
@@ -128,8 +134,79 @@ def test_random_search_changes_exactly_so_many_pixels_to_corners() -> None:
 
 
 def test_without_pixels_nothing_changes() -> None:
-    for attack in (pgd_l0, sparse_rs):
+    for attack in (pgd_l0, sparse_rs, stroke_search):
         assert torch.equal(attack(Linear(1.0), GREY, ONES, eps=0, steps=5), GREY)
+
+
+class Lines(nn.Module):
+    """Logits (N, 2) that see five white pixels in a row or a column alone, and are flat for less."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        sums = [F.avg_pool2d(x, window, stride=1).flatten(1).amax(1) for window in ((1, 5), (5, 1))]
+        seen = (torch.stack(sums).amax(0) - 0.95).clamp(min=0)
+        return torch.stack([100 * seen, torch.ones_like(seen)], 1)
+
+
+def test_a_stroke_finds_what_pixels_drawn_one_by_one_do_not() -> None:
+    for attack in (partial(pgd_l0, restarts=5, loss="both"), partial(sparse_rs, steps=2500)):
+        assert torch.equal(Lines()(attack(Lines(), GREY, ONES, eps=5)).argmax(1), ONES)
+    x_adv = stroke_search(Lines(), GREY, ONES, eps=5)
+    assert (Lines()(x_adv).argmax(1) != ONES).all()
+    assert (sizes("l0", x_adv - GREY) == 5).all()
+
+
+def test_random_search_goes_on_from_the_best_stroke() -> None:
+    """Without a gradient the exchanges of the climb are as good as none."""
+    model = Linear(m=7.0)
+
+    def cut(x: Tensor) -> Tensor:
+        return model(x.detach()) + 0 * x.sum()
+
+    few, many = (
+        stroke_search(cut, GREY, ONES, eps=6, steps=1, restarts=1, queries=queries, stop_early=False)
+        for queries in (1, 1500)
+    )
+    risen = [rise(model, GREY, x_adv, -1) for x_adv in (few, many)]
+    best = pixel_gains(model, GREY, -1).flatten(1).topk(6).values.sum(1)
+    assert (risen[0] < 0.9 * best).all()
+    assert (risen[1] > 0.95 * best).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 6, 9), (1, 1, 1)])
+def test_a_stroke_is_a_line_of_so_many_pixels(shape: Any) -> None:
+    x = torch.full((60, *shape), 0.5)
+    count = min(8, shape[1] * shape[2])
+    changed = draw_strokes(x, torch.Generator().manual_seed(0), count=count) - x
+    assert set(changed.unique().tolist()) <= {-0.5, 0.0, 0.5}
+    assert (sizes("l0", changed) == count).all()
+    where = (changed != 0).any(1)
+    for own, image in zip(where, changed, strict=True):
+        assert all(len(channel[own].unique()) == 1 for channel in image)
+    if shape[1] == 28:
+        assert len({tuple(own.flatten().tolist()) for own in where}) > 50
+        for own in where:
+            at = own.nonzero().float()
+            spread = torch.linalg.svdvals(at - at.mean(0))
+            assert spread[1] < spread[0]  # longer than wide
+            near = torch.cdist(at, at).fill_diagonal_(torch.inf).amin(1)
+            assert (near < 2).all()  # and in one place
+
+
+def test_exchanged_pixels_are_the_lowest_of_both_scores() -> None:
+    rng = torch.Generator().manual_seed(0)
+    clean, corners = torch.full((30, 2, 3, 4), 0.5), torch.ones(30, 2, 3, 4)
+    at = torch.where(torch.rand(30, 1, 3, 4, generator=rng) < 0.3, 0.0, clean)
+    returned, drawn = (torch.rand(30, 3, 4, generator=rng) for _ in range(2))
+    for count, many in ((8, 1), (8, 8), (12, 2), (20, 3)):
+        found = _exchange(at, clean, corners, returned, drawn, many, count)
+        for own, before, back, scores in zip(found, at, returned, drawn, strict=True):
+            old = [i for i in back.flatten().argsort().tolist() if before.flatten(1)[0, i] == 0]
+            kept = set(old[many:])
+            free = [i for i in scores.flatten().argsort().tolist() if i not in kept]
+            expected = clean[0].clone().flatten(1)
+            expected[:, list(kept)] = 0
+            expected[:, free[: max(count - len(kept), 0)]] = 1
+            assert torch.equal(own.flatten(1), expected)
 
 
 # --- Patches ---
@@ -190,6 +267,7 @@ def test_more_restarts_never_lower_the_margin() -> None:
     for attack in (
         partial(pgd_l0, eps=3, steps=4),
         partial(sparse_rs, eps=3, steps=4),
+        partial(stroke_search, eps=3, steps=2, strokes=1, tries=2, queries=3),
         partial(patch, eps=2, steps=4, locations=2),
     ):
         one, four = (
@@ -253,6 +331,9 @@ def test_gradients_that_are_not_finite_are_no_direction() -> None:
         (pgd_l0, {"loss": "mse"}, "loss: expected ce, margin or dlr"),
         (patch, {"loss": "mse"}, "loss: expected ce, margin or dlr"),
         (sparse_rs, {"initial_share": 2.0}, "initial_share"),
+        (stroke_search, {"norm": "l2"}, "norm: expected l0, got 'l2'"),
+        (stroke_search, {"queries": 0}, "queries ≥ 1"),
+        (stroke_search, {"restarts": 0}, "restarts"),
     ],
 )
 def test_bad_arguments_are_refused(attack: Any, keywords: dict[str, Any], words: str) -> None:
