@@ -80,9 +80,10 @@ def make_defences(
         views = dict(Defence.filtered(name, first_restart(name)).attacked)
         if name in proxies:
             views["exact"] = first_restart(proxies[name])
-        of_one = set(views) if PRESETS[name].restarts > 1 else set()  # restart alone
-        others = frozenset({"unaware", *of_one, *(["exact"] if name in proxies else [])})
-        defences.append(Defence(name, deployed, views, surrogates=others))
+        surrogates = {"unaware"} | ({"exact"} if name in proxies else set())
+        if PRESETS[name].restarts > 1:
+            surrogates |= set(views)
+        defences.append(Defence(name, deployed, views, surrogates=frozenset(surrogates)))
     return defences
 
 
