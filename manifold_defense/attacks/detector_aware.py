@@ -76,9 +76,6 @@ def detector_aware(
     x = x.detach()
     best = x.clone()
 
-    def margin_of(images: Tensor, labels: Tensor) -> Tensor:
-        return margins(model(images), labels, targeted)
-
     def place(clean: Tensor, drawn: Tensor) -> Tensor:
         return shape.place(clean, drawn, eps, (0.0, 1.0))
 
@@ -95,7 +92,7 @@ def detector_aware(
                 current = (x + shape.project(shape.sample(x, eps, rng), eps)).clamp(0, 1)
             elif restart:
                 draw = draw_windows if restart % 3 == 2 or len(x) == 1 else draw_pieces
-                current[active] = best_drawn(draw, margin_of, place, x, y, active, tries, rng)
+                current[active] = best_drawn(model, draw, place, x, y, active, tries, targeted, rng)
             for step in range(steps + 1):
                 if len(active) == 0:
                     break

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from manifold_defense.attacks.ascent import ascend
-from manifold_defense.attacks.objective import margins
 from manifold_defense.attacks.random_search import Draw, random_search
 from manifold_defense.attacks.window import best_drawn, draw_pieces
 from manifold_defense.types import Classifier, Norm
@@ -152,9 +151,6 @@ def stroke_search(
     x = x.detach()
     begun = itertools.count()
 
-    def margin(images: Tensor, labels: Tensor) -> Tensor:
-        return margins(model(images), labels, targeted)
-
     def place(clean: Tensor, drawn: Tensor) -> Tensor:
         return _nearest_sparse(drawn, clean, count)
 
@@ -168,7 +164,7 @@ def stroke_search(
         def begin(those: Tensor) -> Tensor:
             pieces = next(begun) % 2 and len(x) > 1
             shapes = draw_pieces if pieces else partial(draw_strokes, count=count)
-            return best_drawn(shapes, margin, place, x, y, rows[those], tries, rng)
+            return best_drawn(model, shapes, place, x, y, rows[those], tries, targeted, rng)
 
         return ascend(
             model,

@@ -56,16 +56,13 @@ def window_pgd(
     x = x.detach()
     restart = itertools.count()
 
-    def margin(images: Tensor, labels: Tensor) -> Tensor:
-        return margins(model(images), labels, targeted)
-
     def place(clean: Tensor, drawn: Tensor) -> Tensor:
         return shape.place(clean, drawn, eps, (0.0, 1.0))
 
     def start(rows: Tensor) -> Tensor:
         # Two and two, since two losses take turns.
         draw = draw_pieces if next(restart) % 4 >= 2 and len(x) > 1 else draw_windows
-        return best_drawn(draw, margin, place, x, y, rows, tries, rng)
+        return best_drawn(model, draw, place, x, y, rows, tries, targeted, rng)
 
     def move(clean: Tensor, at: Tensor, gradient: Tensor, left: float) -> Tensor:
         return shape.step(clean, at, gradient, longest * left, eps, (0.0, 1.0))
@@ -86,24 +83,24 @@ def window_pgd(
 
 @torch.no_grad()
 def best_drawn(
+    model: Classifier,
     draw: Callable[[Tensor, torch.Generator], Tensor],
-    score: Callable[[Tensor, Tensor], Tensor],
     place: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
     y: Tensor,
     rows: Tensor,
     tries: int,
+    targeted: bool,
     rng: torch.Generator,
 ) -> Tensor:
-    """Images `rows` (M,) of x (N, C, H, W), labels y (N,), each as the best of `tries` draws.
+    """Images `rows` (M,) of x (N, C, H, W), labels y (N,), each as the draw of the highest margin of `tries`.
 
-    `score` takes images (M, C, H, W) and their labels to (M,), `place` images and what was drawn of them
-    into the threat.
+    `place` takes images and what was drawn of them into the threat.
     """
     best, highest = x[rows], x.new_full((len(rows),), -torch.inf)
     for _ in range(tries):
         tried = place(x[rows], draw(x, rng)[rows])
-        reached = score(tried, y[rows]).to(highest)
+        reached = margins(model(tried), y[rows], targeted).to(highest)
         better = reached > highest
         best = torch.where(column(better, best), tried, best)
         highest = torch.where(better, reached, highest)

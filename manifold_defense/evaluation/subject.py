@@ -63,10 +63,10 @@ class Subject:
 
     def adversarial(self, attack: str = "pgd", view: str | None = None, scale: float = 1.0) -> Tensor:
         """Images after noise, fgsm, square or pgd (two restarts, both losses), at `scale` times eps."""
+        view = self.defence.strongest_view if view is None else view
         key = (attack, view, scale)
         if key not in self._kept:
             norm, eps = self.threat.norm, self.threat.eps * scale
-            view = self.defence.strongest_view if view is None else view
             model = self.defence.attacked[view]
             if attack == "noise":
                 made = noise(self.defence.answering, self.x, self.y, norm=norm, eps=eps, seed=self.seed)
