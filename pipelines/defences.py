@@ -107,8 +107,7 @@ def make_defences(context: Context) -> list[Defence]:
 
 def _hardened(variant: HardenConfig, classifier: nn.Module, filter: ManifoldFilter) -> list[Defence]:
     """The rows of a variant: behind its preprocessing, or bare and behind the filter."""
-    threat = variant.objective.threat
-    trained = () if threat is None else (threat,)
+    trained = variant.objective.threats
     if variant.behind in PREPROCESSING:
         return [_preprocessed(variant.name, PREPROCESSING[variant.behind](), classifier, trained)]
     return [

@@ -8,6 +8,7 @@ from manifold_defense.hardening.bounds import IntervalBounds
 from manifold_defense.hardening.objective import Objective, Step
 from manifold_defense.hardening.on_manifold import Dual, Latent, RobustManifold
 from manifold_defense.hardening.pointwise import Clean, Distillation, GradientPenalty, Noise
+from manifold_defense.hardening.union import Union
 
 # Every objective by its name in a configuration.
 OBJECTIVES = (
@@ -16,6 +17,7 @@ OBJECTIVES = (
     Pgd,
     Fast,
     Trades,
+    Union,
     Mixture,
     Curriculum,
     Latent,
@@ -43,4 +45,5 @@ __all__ = [
     "RobustManifold",
     "Step",
     "Trades",
+    "Union",
 ]

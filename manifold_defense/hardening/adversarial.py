@@ -162,8 +162,8 @@ class Curriculum(Base):
         check(self, positive=("eps_l2", "eps", "steps"), shares=("switch", "clean_share"))
 
     @property
-    def threat(self) -> Threat:
-        return Threat("linf", self.eps)
+    def threats(self) -> tuple[Threat, ...]:
+        return (Threat("linf", self.eps),)
 
     def __call__(self, model: Classifier, x: Tensor, y: Tensor, step: Step, /) -> Tensor:
         norm: Ball = "l2" if step.progress < self.switch else "linf"

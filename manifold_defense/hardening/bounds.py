@@ -38,8 +38,8 @@ class IntervalBounds(Base):
         check(self, positive=("eps", "free", "steps"), shares=("kappa", "warmup", "ramp", "free"))
 
     @property
-    def threat(self) -> Threat:
-        return Threat("linf", self.eps)
+    def threats(self) -> tuple[Threat, ...]:
+        return (Threat("linf", self.eps),)
 
     def proved(self, model: Classifier, x: Tensor, y: Tensor, /) -> Tensor | None:
         if self.free < 1:

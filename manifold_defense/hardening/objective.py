@@ -18,12 +18,14 @@ class Step:
 
     progress  from 0 to 1 over the training
     seed      fresh at every step
+    number    how many came before
     manifold  the filter whose generator and encoder on-manifold objectives move on
     teacher   whom distillation asks, a classifier of images (N, C, H, W)
     """
 
     progress: float = 1.0
     seed: int = 0
+    number: int = 0
     manifold: ManifoldFilter | None = None
     teacher: Classifier | None = None
 
@@ -42,11 +44,11 @@ class Objective(Protocol):
         """In a configuration."""
 
     @property
-    def threat(self) -> Threat | None:
-        """The ball that it trains for, if it does: where its training is judged."""
+    def threats(self) -> tuple[Threat, ...]:
+        """What it trains for, if for any: in the balls among them its training is judged."""
 
     def proved(self, model: Classifier, x: Tensor, y: Tensor, /) -> Tensor | None:
-        """Which labels (N,) it proves in all of that ball, and is judged by; None if it proves none."""
+        """Which labels (N,) it proves in all of its ball, and is judged by; None if it proves none."""
 
     def __call__(self, model: Classifier, x: Tensor, y: Tensor, step: Step, /) -> Tensor: ...
 
@@ -59,8 +61,8 @@ class Base:
     takes_teacher: ClassVar[bool] = False
 
     @property
-    def threat(self) -> Threat | None:
-        return None
+    def threats(self) -> tuple[Threat, ...]:
+        return ()
 
     def proved(self, model: Classifier, x: Tensor, y: Tensor, /) -> Tensor | None:
         return None
@@ -78,8 +80,8 @@ class InBall(Base):
         check(self, positive=("eps",), shares=("ramp",))
 
     @property
-    def threat(self) -> Threat:
-        return Threat(self.norm, self.eps)
+    def threats(self) -> tuple[Threat, ...]:
+        return (Threat(self.norm, self.eps),)
 
     def radius(self, step: Step) -> float:
         return ramped(self.eps, step.progress, self.ramp)

@@ -105,8 +105,8 @@ class RobustManifold(Base):
             raise ValueError(f"eps: expected at least 0 and finite, got {self.eps}")
 
     @property
-    def threat(self) -> Threat | None:
-        return Threat(self.norm, self.eps) if self.eps else None
+    def threats(self) -> tuple[Threat, ...]:
+        return (Threat(self.norm, self.eps),) if self.eps else ()
 
     def __call__(self, model: Classifier, x: Tensor, y: Tensor, step: Step, /) -> Tensor:
         x_adv = x

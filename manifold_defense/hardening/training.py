@@ -104,7 +104,7 @@ def train_classifier(
         # The attack of a step differs between steps and processes, and is the same when resumed.
         attack_seed = (seed * 1_000_003 + state["step"]) * 1_009 + fabric.global_rank
         with fabric.autocast():
-            losses = objective(trained, x, y, Step(progress, attack_seed, manifold, teacher))
+            losses = objective(trained, x, y, Step(progress, attack_seed, state["step"], manifold, teacher))
         assert losses.shape == y.shape
         optimizer.zero_grad(set_to_none=True)
         fabric.backward(losses.mean())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
 from manifold_defense.filter import ManifoldFilter
 from manifold_defense.hardening import Clean, Objective
 from manifold_defense.hardening.training import TrainingConfig, classifier_state, train_classifier
-from manifold_defense.types import Classifier, Threat
+from manifold_defense.types import Ball, Classifier, Threat
 from pipelines.config import HardenConfig
 from pipelines.context import STATE, Context
 from pipelines.data import ImageData, data_digest, split, to_float
@@ -152,15 +152,14 @@ def _harden(own: Context, context: Context, variant: HardenConfig) -> dict[str, 
 
     hardened = load_classifier(own.folder).requires_grad_(False).to(device)
     x, y = context.test_images(500)
-    threat = variant.objective.threat or Threat("linf", 0.15)
+    balls = _balls(variant.objective) or (Threat("linf", 0.15),)
     deployed = behind(variant.behind, hardened, filter)
     proved = _proved(variant.objective, deployed, x, y)
     return {
         **metrics,
         **({} if proved is None else {"proved_accuracy": proved}),
-        "pgd20_norm": threat.norm,
-        "pgd20_eps": threat.eps,
-        "pgd20_accuracy": _accuracy(deployed, x, y, threat, steps=20, seed=context.config.seed),
+        "pgd20_balls": [[ball.norm, ball.eps] for ball in balls],
+        "pgd20_accuracy": _accuracy(deployed, x, y, balls, steps=20, seed=context.config.seed),
     }
 
 
@@ -189,12 +188,10 @@ def _train(
     def validate(model: nn.Module) -> tuple[float, float]:
         deployed = behind(place, model, filter)
         clean = _accuracy(deployed, x, y)
-        if objective.threat is None:
-            return clean, clean
         proved = _proved(objective, deployed, x, y)
         if proved is not None:
             return clean, proved
-        return clean, _accuracy(deployed, x, y, objective.threat, steps=_VALIDATION_STEPS, seed=0)
+        return clean, _accuracy(deployed, x, y, _balls(objective), steps=_VALIDATION_STEPS, seed=0)
 
     loop = train_classifier(
         context.fabric,
@@ -245,14 +242,22 @@ def _proved(objective: Objective, model: Classifier, x: Tensor, y: Tensor) -> fl
     return float(torch.cat(proofs).float().mean())
 
 
+def _balls(objective: Objective) -> tuple[Threat, ...]:
+    """Those of its threats that PGD attacks."""
+    return tuple(threat for threat in objective.threats if threat.norm in get_args(Ball))
+
+
 def _accuracy(
-    model: nn.Module, x: Tensor, y: Tensor, threat: Threat | None = None, *, steps: int = 0, seed: int = 0
+    model: nn.Module, x: Tensor, y: Tensor, balls: tuple[Threat, ...] = (), *, steps: int = 0, seed: int = 0
 ) -> float:
-    """Share of images (N, C, H, W) that are right, clean or after PGD."""
+    """Share of images (N, C, H, W) that are right, clean and after PGD in each of the balls."""
     hits = []
     for images, labels in zip(x.split(1000), y.split(1000), strict=True):
-        if threat is not None:
-            images = pgd(model, images, labels, norm=threat.norm, eps=threat.eps, steps=steps, seed=seed)
         with torch.no_grad():
-            hits.append((model(images).argmax(1) == labels).float())
+            right = model(images).argmax(1) == labels
+        for ball in balls:
+            x_adv = pgd(model, images, labels, norm=ball.norm, eps=ball.eps, steps=steps, seed=seed)
+            with torch.no_grad():
+                right &= model(x_adv).argmax(1) == labels
+        hits.append(right.float())
     return float(torch.cat(hits).mean())

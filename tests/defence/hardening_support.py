@@ -23,8 +23,11 @@ from manifold_defense.hardening import (
     Pgd,
     RobustManifold,
     Trades,
+    Union,
 )
+from manifold_defense.hardening.disturbance import Disturbance
 from manifold_defense.hardening.training import TrainingConfig, classifier_state, train_classifier
+from manifold_defense.types import Threat
 
 
 def classifier(seed: int = 0) -> nn.Module:
@@ -50,6 +53,9 @@ SMALL: dict[str, Objective] = {
     "pgd-mixed": Pgd(norm="linf", eps=0.1, steps=2, clean_share=0.5),
     "fast": Fast(eps=0.1),
     "trades": Trades(eps=0.1, steps=2, beta=2.0),
+    "union": Union(
+        disturbance=Disturbance(threats=(Threat("linf", 0.1), Threat("l0", 3)), steps=2, ramp=0.0)
+    ),
     "mixture": Mixture(eps=0.1, steps=2),
     "curriculum": Curriculum(eps_l2=0.5, eps=0.1, steps=2),
     "latent": Latent(eps=0.2, steps=2),
