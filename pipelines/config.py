@@ -20,7 +20,7 @@ from manifold_defense.certification import SmoothingConfig
 from manifold_defense.classifiers import ArchitectureConfig
 from manifold_defense.evaluation import AttackConfig
 from manifold_defense.evaluation.suite import ViewName
-from manifold_defense.hardening import OBJECTIVES, Objective, Pgd
+from manifold_defense.hardening import OBJECTIVES, Objective, Pgd, Union
 from manifold_defense.hardening.disturbance import Disturbance
 from manifold_defense.hardening.training import TrainingConfig
 from manifold_defense.projection import PRESETS, ProjectionConfig
@@ -60,10 +60,7 @@ class EncoderStageConfig(EncoderConfig):
             raise ValueError(
                 f"classifier: expected none without an agreement_weight, got {self.classifier!r}"
             )
-        if self.disturbance.pieces and self.batch_size < 2:
-            raise ValueError(
-                f"disturbance.pieces: expected 0 in a batch of one image, got {self.disturbance.pieces}"
-            )
+        _check_pieces(self.disturbance, self.batch_size, "disturbance.pieces")
 
     @property
     def needs_classifier(self) -> bool:
@@ -156,6 +153,9 @@ class HardenConfig:
             raise ValueError(f"behind: {_NOT_BEHIND_FILTER[self.objective.name]}")
         if self.objective.name == "interval_bounds" and self.behind not in ("", *_MONOTONE):
             raise ValueError(f"behind: interval bounds follow none but {', '.join(_MONOTONE)}")
+        if isinstance(self.objective, Union):
+            pieces = "objective.disturbance.pieces"
+            _check_pieces(self.objective.disturbance, self.training.batch_size, pieces)
 
     @property
     def needs_filter(self) -> bool:
@@ -202,6 +202,12 @@ class CertifyConfig:
             radii = getattr(self, name)
             if not radii or not all(0 < radius < float("inf") for radius in radii):
                 raise ValueError(f"{name}: expected at least one radius, all above 0, got {radii}")
+
+
+def _check_pieces(disturbance: Disturbance, batch_size: int, key: str) -> None:
+    """A piece is one of another image."""
+    if disturbance.pieces and batch_size < 2:
+        raise ValueError(f"{key}: expected 0 in a batch of one image, got {disturbance.pieces}")
 
 
 # Objectives that a filter cannot stand before, and why.

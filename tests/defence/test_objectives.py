@@ -1,5 +1,6 @@
 """Objectives: what each is, on known models; and that a step down its gradient lowers it."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,8 +24,11 @@ from manifold_defense.hardening import (
     RobustManifold,
     Step,
     Trades,
+    Union,
 )
 from manifold_defense.hardening.adversarial import training_attack
+from manifold_defense.hardening.disturbance import Disturbance
+from manifold_defense.types import Threat
 from tests.defence.hardening_support import SMALL, classifier, with_batch_statistics
 
 
@@ -247,3 +251,33 @@ def test_clean_share_blends(digits: Any) -> None:
     hard = losses_of(Pgd(steps=3), x, y)
     mixed = losses_of(Pgd(steps=3, clean_share=0.25), x, y)
     torch.testing.assert_close(mixed, 0.25 * clean + 0.75 * hard)
+
+
+def _union(kind: Any = "adversarial", *threats: Threat, **settings: Any) -> Union:
+    settings = {"steps": 3, "ramp": 0.0} | settings
+    return Union(disturbance=Disturbance(kind, threats, **settings))
+
+
+def test_a_union_takes_its_threats_by_turns(digits: Any) -> None:
+    x, y = digits[0][:20], digits[1][:20]
+    ball, pixels = Threat("linf", 0.1), Threat("l0", 3)
+    both = _union("adversarial", ball, pixels, ball)
+    assert both.threats == (ball, pixels)
+    for number, threat in enumerate((ball, pixels, ball, ball)):
+        alone = losses_of(_union("adversarial", threat), x, y, number=number)
+        assert torch.equal(losses_of(both, x, y, number=number), alone)
+    assert not torch.equal(losses_of(both, x, y, number=0), losses_of(both, x, y, number=1))
+
+
+def test_a_union_weighs_the_gap_to_the_clean_answer(digits: Any) -> None:
+    """None without a disturbance; where one climbs more than where it is drawn, and the more the further."""
+    x, y = digits[0][:50], digits[1][:50]
+    clean, l2 = losses_of(Clean(), x, y), Threat("l2", 1.0)
+    torch.testing.assert_close(losses_of(_union("none", l2), x, y), clean)
+    gaps = [
+        (losses_of(objective, x, y) - clean).mean()
+        for objective in (_union("noise", l2), _union("adversarial", l2, steps=1), _union("adversarial", l2))
+    ]
+    assert 0 < 2 * gaps[0] < gaps[1] < gaps[2]
+    half = replace(_union("adversarial", l2), beta=3.0)
+    torch.testing.assert_close(2 * (losses_of(half, x, y) - clean).mean(), gaps[2])

@@ -88,6 +88,11 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
             "encoder={batch_size=1, disturbance={pieces=2}}",
             "disturbance.pieces: expected 0 in a batch of one",
         ),
+        (
+            'harden={training={batch_size=1}, objective={name="union", disturbance={pieces=2}}}',
+            "objective.disturbance.pieces: expected 0 in a batch of one",
+        ),
+        ('harden.objective={name="union", disturbance={step=2}}', "disturbance.step"),
         ("encoder.windows=3", "did you mean encoder.disturbance.windows?"),
         ("encoder.agreement_weight=-1", "agreement_weight: expected at least 0"),
         ("encoder.classifier=./mine", "classifier: expected none without an agreement_weight"),

@@ -9,8 +9,11 @@ import pytest
 import torch
 from pipelines_support import invoke, settings
 
+import pipelines.stages.classifiers as stage
 from manifold_defense import load_classifier
+from manifold_defense.attacks import pgd
 from manifold_defense.certification import interval_certificates
+from manifold_defense.types import Threat
 from pipelines.data import load_data, to_float
 from pipelines.defences import behind, compared
 from pipelines.settings import load_config
@@ -58,6 +61,18 @@ objective = { name = "clean" }
 training = { images = 640 }
 
 [[harden]]
+name = "many"
+objective.name = "union"
+objective.disturbance.steps = 1
+objective.disturbance.pieces = 1
+objective.disturbance.threats = [
+  { norm = "l2", eps = 0.5 },
+  { norm = "l0", eps = 2 },
+  { norm = "linf", eps = 0.1 },
+]
+training = { images = 128 }
+
+[[harden]]
 name = "drawn"
 behind = "reconstructions"
 objective = { name = "latent", steps = 1 }
@@ -97,7 +112,7 @@ def home(variants, tmp_path, monkeypatch):
 
 
 def test_every_variant_has_its_folder(home):
-    names = ("hardened", "through", "teacher", "student", "coarse", "narrow", "drawn")
+    names = ("hardened", "through", "teacher", "student", "coarse", "narrow", "many", "drawn")
     facts = json.loads((home / "harden" / "stage.json").read_text())
     assert tuple(facts["metrics"]["variants"]) == names
     assert set(facts["inputs"]) == {"train-classifier", "train-encoder"}
@@ -111,6 +126,22 @@ def test_every_variant_has_its_folder(home):
         assert 0 <= metrics["pgd20_accuracy"] <= 1
         assert len(metrics["validations"]) >= 2
         assert all(0 <= robust <= 1 and seen for seen, _, robust in metrics["validations"])
+    # Judged by PGD in every ball that it was trained for, and in no other threat.
+    assert facts["metrics"]["variants"]["many"]["pgd20_balls"] == [["l2", 0.5], ["linf", 0.1]]
+
+
+def test_a_training_is_judged_image_by_image_by_the_worst_of_its_balls(home):
+    data = load_data(load_config(None, ["data.train_images=300"]).data).train
+    x, y = to_float(data.images), data.labels
+    model = load_classifier(home / "harden" / "hardened")
+    kept = {}
+    for ball in (Threat("linf", 0.06), Threat("l2", 0.35)):
+        x_adv = pgd(model, x, y, norm=ball.norm, eps=ball.eps, steps=5, seed=0)
+        kept[ball] = model(x_adv).argmax(1) == y
+    one, other = kept.values()
+    both = one & other
+    assert both.sum() < min(one.sum(), other.sum())  # each breaks some that the other does not
+    assert stage._accuracy(model, x, y, tuple(kept), steps=5) == pytest.approx(float(both.float().mean()))
 
 
 def test_a_training_that_proves_is_judged_by_its_proofs(home):
@@ -154,7 +185,6 @@ def test_what_has_not_changed_is_taken_over(home, tmp_path):
 
 
 def test_finished_variants_outlive_an_interruption(home, monkeypatch):
-    import pipelines.stages.classifiers as stage
 
     before = clean(home / "harden" / "student")
     shutil.rmtree(home / "harden")
@@ -184,7 +214,7 @@ def test_the_evaluation_attacks_each_and_certify_proves_each(home):
     defences = ["undefended", "filter"]
     for name in ("hardened", "through", "teacher", "student"):
         defences += [name, f"{name}+filter"]
-    defences += ["coarse", "narrow", "drawn", "drawn+filter"]
+    defences += ["coarse", "narrow", "many", "many+filter", "drawn", "drawn+filter"]
     assert list(dict.fromkeys(r["defence"] for r in rows)) == defences
     assert {r["view"] for r in rows if r["defence"] == "coarse"} >= {"unaware", "identity"}
     trained = {r["defence"] for r in rows if r["attack"] == "worst" and r["trained"]}
@@ -276,7 +306,7 @@ def test_a_variant_more_or_less_is_named(home, tmp_path):
     (tmp_path / "variants.toml").write_text(VARIANTS[:plain])
     fewer = invoke("harden", "--config", "variants.toml", *SMALL)
     assert fewer.exit_code == 1
-    assert re.search(r"harden\.6\.\S+ is no longer there", fewer.output)
+    assert re.search(r"harden\.7\.\S+ is no longer there", fewer.output)
     (tmp_path / "variants.toml").write_text(VARIANTS + '\n[[harden]]\nname = "more"\n')
     more = invoke("harden", "--config", "variants.toml", *SMALL)
-    assert "harden.7.name is new" in more.output
+    assert "harden.8.name is new" in more.output
