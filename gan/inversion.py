@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from gan.averaging import averaged_copy, update_average
-from gan.networks import Encoder, Generator
+from gan.networks import Generator
 from gan.optimisation import Batches, Record, State, cosine, descend
 from gan.sampling import step_rng
 
@@ -72,7 +72,7 @@ class EncoderConfig:
                 raise ValueError(f"{name}: expected at least 0 and finite, got {getattr(self, name)}")
 
 
-def encoder_state(fabric: Fabric, encoder: Encoder, config: EncoderConfig) -> State:
+def encoder_state(fabric: Fabric, encoder: nn.Module, config: EncoderConfig) -> State:
     """Training starts from `encoder` (the joint one, or fresh)."""
     encoder = encoder.to(fabric.device)
     optimizer = torch.optim.Adam(encoder.parameters(), lr=config.lr, betas=(0.9, 0.99))

@@ -23,6 +23,8 @@ from manifold_defense.filter import ManifoldFilter
 from manifold_defense.projection import ProjectionConfig
 
 VERSION = 1
+# Encoders that folders keep: a network of its own, or one that began as a classifier (`encoder_from`).
+OwnEncoder = Encoder | ImageClassifier
 FILTER, CLASSIFIER, GAN = "filter.json", "classifier.json", "gan.json"
 
 
@@ -32,8 +34,8 @@ class ArtifactError(ValueError):
 
 def save_filter(filter: ManifoldFilter, folder: str | Path) -> None:
     """Write a filter made of our own networks; `load_filter` gives it back."""
-    facts = {**_network_facts(filter.generator), "projection": asdict(filter.config)}
-    _save(Path(folder), FILTER, facts, _network_modules(filter.generator, filter.encoder))
+    facts, modules = _parts(filter.generator, filter.encoder)
+    _save(Path(folder), FILTER, {**facts, "projection": asdict(filter.config)}, modules)
 
 
 def load_filter(folder: str | Path) -> ManifoldFilter:
@@ -54,12 +56,12 @@ def load_filter(folder: str | Path) -> ManifoldFilter:
         raise ArtifactError(f"{path / FILTER}: bad projection settings: {error}") from None
 
 
-def save_gan(generator: Generator, encoder: Encoder | None, folder: str | Path) -> None:
+def save_gan(generator: Generator, encoder: OwnEncoder | None, folder: str | Path) -> None:
     """Write a generator and, if there is one, its encoder."""
-    _save(Path(folder), GAN, _network_facts(generator), _network_modules(generator, encoder))
+    _save(Path(folder), GAN, *_parts(generator, encoder))
 
 
-def load_gan(folder: str | Path) -> tuple[Generator, Encoder | None]:
+def load_gan(folder: str | Path) -> tuple[Generator, OwnEncoder | None]:
     """Generator and encoder of a folder written by `save_gan`."""
     path = Path(folder)
     facts, weights = _load(path, GAN)
@@ -95,30 +97,37 @@ def load_classifier(folder: str | Path) -> ImageClassifier:
     return model.eval()
 
 
-def _network_facts(generator: nn.Module) -> dict[str, Any]:
+def _parts(generator: nn.Module, encoder: nn.Module | None) -> tuple[dict[str, Any], dict[str, nn.Module]]:
+    """The facts of a folder of networks, and the networks."""
     if not isinstance(generator, Generator):
         raise ArtifactError(
             f"only our own generators can be saved as a folder, got {type(generator).__name__}"
         )
-    return {"image_shape": list(generator.image_shape), "network": asdict(generator.config)}
-
-
-def _network_modules(generator: nn.Module, encoder: nn.Module | None) -> dict[str, nn.Module]:
+    facts = {"image_shape": list(generator.image_shape), "network": asdict(generator.config)}
     if encoder is None:
-        return {"generator": generator}
-    if not isinstance(encoder, Encoder) or encoder.config != generator.config:
-        raise ArtifactError("only our own encoder, of the generator's NetworkConfig, can be saved with it")
-    return {"generator": generator, "encoder": encoder}
+        return facts, {"generator": generator}
+    modules = {"generator": generator, "encoder": encoder}
+    if isinstance(encoder, Encoder) and encoder.config == generator.config:
+        return facts, modules
+    if isinstance(encoder, ImageClassifier) and encoder.classes == generator.latent_dim:
+        return {**facts, "encoder": asdict(encoder.config)}, modules
+    raise ArtifactError(
+        "only our own encoder, of the generator's NetworkConfig or from a classifier, can be saved with it"
+    )
 
 
 def _networks(
     source: Path, facts: dict[str, Any], weights: dict[str, Tensor]
-) -> tuple[Generator, Encoder | None]:
+) -> tuple[Generator, OwnEncoder | None]:
     try:
         shape, config = _shape(facts["image_shape"]), NetworkConfig(**facts["network"])
         generator = Generator(shape, config)
-        with_encoder = any(name.startswith("encoder.") for name in weights)
-        encoder = Encoder(shape, config) if with_encoder else None
+        encoder: OwnEncoder | None = None
+        if "encoder" in facts:
+            architecture = ArchitectureConfig(**facts["encoder"])
+            encoder = ImageClassifier(shape, config.latent_dim, architecture).eval()
+        elif any(name.startswith("encoder.") for name in weights):
+            encoder = Encoder(shape, config)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{source}: not a description of networks: {error}") from None
     _fill(generator, weights, "generator", source)

@@ -48,9 +48,11 @@ class EncoderStageConfig(EncoderConfig):
     """The training of the encoder, and what its images suffer in it.
 
     `classifier`: whose answers the drawings are to keep, with an `agreement_weight`; a folder, or "" for
-    that of stage train-classifier.
+    that of stage train-classifier. `body`: the folder of a classifier that the encoder begins as, hardened
+    at best, or "".
     """
 
+    body: str = ""
     classifier: str = ""
     disturbance: Disturbance = field(default_factory=Disturbance)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 FACTS, PLAN = "stage.json", "plan.json"
 # Settings that may name a folder of weights, which are then part of what a stage is made of.
-_WEIGHTS = re.compile(r"(evaluate\.)?filter|encoder\.classifier|harden\.\d+\.start")
+_WEIGHTS = re.compile(r"(evaluate\.)?filter|encoder\.(body|classifier)|harden\.\d+\.start")
 Status = Literal["cached", "stale", "unfinished", "missing"]
 
 

@@ -1,6 +1,6 @@
 """Stage `train-encoder`: fit the encoder to the finished generator, from the joint one if there is one.
 
-Both come from stage `train-gan`, or from a finished filter.
+Both come from stage `train-gan`, or from a finished filter; or the encoder begins as a classifier.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from gan.inversion import Agree, encoder_state, train_encoder
 from gan.networks import Encoder, Generator
 from gan.optimisation import seeded
-from manifold_defense.artifact import load_classifier, load_gan, save_gan
+from manifold_defense.artifact import OwnEncoder, load_classifier, load_gan, save_gan
+from manifold_defense.encoders import encoder_from
 from manifold_defense.hardening.agreement import Agreement
 from pipelines.board import grid
 from pipelines.context import Context
@@ -24,11 +25,14 @@ from pipelines.stage import StageError
 def run(context: Context) -> dict[str, Any]:
     config, fabric, seed = context.config.encoder, context.fabric, context.config.seed
     generator, encoder = _networks(context)
+    generator = generator.eval().requires_grad_(False).to(fabric.device)
+    if config.body:
+        classifier = load_own_classifier(config.body, context.data, fabric.device)
+        encoder = encoder_from(classifier, generator, seed=seed)
     if encoder is None:
         if config.images == 0:
             raise StageError("encoder.images: expected at least 1, there is no encoder yet; got 0")
         encoder = seeded(seed, lambda: Encoder(generator.image_shape, generator.config))
-    generator = generator.eval().requires_grad_(False).to(fabric.device)
     state = encoder_state(fabric, encoder, config)
     context.resume(state)
 
@@ -66,7 +70,7 @@ def _agreement(context: Context) -> Agree | None:
     return partial(Agreement, classifier.requires_grad_(False))
 
 
-def _networks(context: Context) -> tuple[Generator, Encoder | None]:
+def _networks(context: Context) -> tuple[Generator, OwnEncoder | None]:
     """Generator and encoder that the training starts from."""
     folder = context.config.filter
     if not folder:
@@ -74,5 +78,5 @@ def _networks(context: Context) -> tuple[Generator, Encoder | None]:
     filter = load_own_filter(folder, context.data.image_shape, context.fabric.device)
     generator, encoder = filter.generator, filter.encoder
     assert isinstance(generator, Generator)  # as in every folder of a filter
-    assert isinstance(encoder, Encoder | None)
+    assert isinstance(encoder, OwnEncoder | None)
     return generator, None if encoder is None else encoder.requires_grad_(True)
