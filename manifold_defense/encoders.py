@@ -11,6 +11,7 @@ from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.types import Generator
 
 _BATCH = 500
+_ROUNDED = 1e-5  # of the largest singular value of features in float32
 
 
 @torch.no_grad()
@@ -32,9 +33,10 @@ def encoder_from(
     z = torch.randn(samples, generator.latent_dim, generator=rng)
     features = torch.cat([encoder.features(generator(few.to(near))).cpu() for few in z.split(_BATCH)])
     rows = torch.cat([features, torch.ones(samples, 1)], 1).double()  # (samples, F + 1)
-    # Of a feature that no sample has the shortest solution makes nothing.
-    solution = torch.linalg.lstsq(rows, z.double(), driver="gelsd").solution
-    head = nn.Linear(features.shape[1], generator.latent_dim).to(near)
+    # The shortest solution: it makes nothing of features that no sample has, or that round-off tells apart.
+    solution = torch.linalg.lstsq(rows, z.double(), rcond=_ROUNDED, driver="gelsd").solution
+    # Not initialised: that would draw from the global generator.
+    head = nn.utils.skip_init(nn.Linear, features.shape[1], generator.latent_dim).to(near)
     head.weight.copy_(solution[:-1].T)
     head.bias.copy_(solution[-1])
     encoder.head, encoder.classes = head, generator.latent_dim

@@ -25,6 +25,7 @@ from manifold_defense import (
 )
 from manifold_defense.artifact import load_gan, save_gan
 from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
+from manifold_defense.encoders import encoder_from
 
 NETWORK = NetworkConfig(latent_dim=6, generator_width=4, critic_width=4, encoder_width=4, max_width=16)
 SHAPES = [(1, 8, 8), (3, 32, 32)]
@@ -73,6 +74,29 @@ def test_a_filter_comes_back(tmp_path: Path, shape: tuple[int, int, int], encode
     assert torch.equal(back(x), filter(x))
     assert not back.training
     assert not any(p.requires_grad for p in back.parameters())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["cnn", "shallow", "resnet18"])
+def test_a_filter_whose_encoder_began_as_a_classifier_comes_back(
+    tmp_path: Path, name: str, shape: tuple[int, int, int]
+) -> None:
+    generator = make_filter(shape).generator
+    encoder = encoder_from(make_classifier(name, shape), generator, samples=200)  # type: ignore[arg-type]
+    filter, x = ManifoldFilter(generator, encoder, PRESETS["robust"]), images(shape)
+    save_filter(filter, tmp_path / "filter")
+    save_gan(generator, encoder, tmp_path / "gan")  # type: ignore[arg-type]
+    for folder in ("filter", "gan"):
+        back = load_filter(tmp_path / folder)
+        assert torch.equal(back(x), filter(x))
+        assert not any(module.training for module in back.modules())
+    with pytest.raises(ArtifactError, match="from a classifier, can be saved"):
+        save_gan(generator, make_classifier(name, shape), tmp_path / "logits")  # type: ignore[arg-type]
+    facts = json.loads((tmp_path / "filter" / "filter.json").read_text())
+    for damage in ("magic", {"name": "magic"}, {"width": 0}, {"name": name, "height": 3}):
+        (tmp_path / "filter" / "filter.json").write_text(json.dumps({**facts, "encoder": damage}))
+        with pytest.raises(ArtifactError, match=r"filter\.json: not a description of networks"):
+            load_filter(tmp_path / "filter")
 
 
 @pytest.mark.parametrize("shape", SHAPES)

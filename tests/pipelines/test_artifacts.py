@@ -150,6 +150,32 @@ def test_drawings_agree_with_the_classifier_of_the_run_or_of_a_folder(finished, 
     assert not Path("runs/off").exists()
 
 
+def test_an_encoder_begins_as_a_classifier(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exported = finished / "runs" / "digits" / "export"
+    shutil.copytree(exported / "classifier", tmp_path / "mine")
+    own = settings(f"filter={exported / 'filter'}", "encoder.body=./mine", "encoder.images=128", "run=body")
+    result = invoke("run", "train-encoder", *own)
+    assert result.exit_code == 0, result.output
+    filter = load_filter(Path("runs/body/train-encoder"))
+    body, began = filter.encoder.body, load_classifier(Path("mine")).body
+    apart = [(a - b).abs().max() for a, b in zip(body.parameters(), began.parameters(), strict=True)]
+    assert 0 < max(apart) < 0.1  # trained on, from there
+    # Other weights in that folder are another beginning; what does not fit is refused at once.
+    assert "train-encoder: cached" in invoke("run", "train-encoder", *own).output
+    save_classifier(ImageClassifier((1, 8, 8), 10, ArchitectureConfig(width=4)), Path("mine"))
+    changed = invoke("run", "train-encoder", *own)
+    assert changed.exit_code == 1
+    assert "encoder.body.digest" in changed.output
+    save_classifier(ImageClassifier((3, 8, 8), 10, ArchitectureConfig(width=4)), Path("mine"))
+    for folder, reason in (("./none", "none"), ("./mine", "a classifier of images of shape (3, 8, 8)")):
+        other = invoke("run", "train-encoder", *own, "--set", "run=off", "--set", f"encoder.body={folder}")
+        assert other.exit_code == 1
+        assert reason in other.output
+        assert "Traceback" not in other.output
+        assert not Path("runs/off").exists()
+
+
 def test_a_variant_starts_from_a_folder(run_folder):
     mine = ImageClassifier((1, 8, 8), 10, ArchitectureConfig(width=4))
     save_classifier(mine, Path("mine"))
