@@ -47,9 +47,9 @@ class FabricConfig:
 class EncoderStageConfig(EncoderConfig):
     """The training of the encoder, and what its images suffer in it.
 
-    `classifier`: whose answers the drawings are to keep, with an `agreement_weight`; a folder, or "" for
-    that of stage train-classifier. `body`: the folder of a classifier that the encoder begins as, hardened
-    at best, or "".
+    `classifier`: whose answers the drawings are to keep, with an `agreement_weight`; a variant of `harden`,
+    or the folder of a classifier (which a slash tells), or "" for that of stage train-classifier. `body`: the
+    variant or folder of the classifier that the encoder begins as, a hardened one at best, or "".
     """
 
     body: str = ""
@@ -65,8 +65,14 @@ class EncoderStageConfig(EncoderConfig):
         _check_pieces(self.disturbance, self.batch_size, "disturbance.pieces")
 
     @property
-    def needs_classifier(self) -> bool:
+    def agrees(self) -> bool:
         return self.images > 0 and self.agreement_weight > 0
+
+    @property
+    def variants(self) -> dict[str, str]:
+        """The settings that name a variant of the run, and which."""
+        named = {"body": self.body, "classifier": self.classifier}
+        return {key: name for key, name in named.items() if name and "/" not in name}
 
 
 @dataclass(frozen=True)
@@ -331,3 +337,14 @@ class Config:
                         f"harden.{variant.name}.{key}: expected a variant before it{or_else}, got {given!r}"
                     )
             before.append(variant.name)
+        for key, name in self.encoder.variants.items():
+            if name not in before:
+                raise ValueError(
+                    f"encoder.{key}: expected a variant of harden or a folder such as ./mine, got {name!r}"
+                )
+            behind = [variant.name for variant in self.harden if variant.needs_filter]
+            if behind:
+                raise ValueError(
+                    f"encoder.{key}: {name} would be trained before the encoder, but {behind[0]} needs the "
+                    "filter; expected a folder such as ./mine"
+                )

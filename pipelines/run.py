@@ -15,7 +15,7 @@ from pipelines.config import Config
 from pipelines.context import Context, Workshop, make_fabric
 from pipelines.own import load_own_classifier, load_own_filter
 from pipelines.stage import RUNS, Plan, StageError, StageFolder, Status, figures, make_plans, weights_of
-from pipelines.stages import STAGES
+from pipelines.stages import STAGES, in_order
 
 
 def upstream(target: str, config: Config) -> list[str]:
@@ -29,16 +29,17 @@ def everything(config: Config) -> list[str]:
 
 
 def _with_inputs(wanted: set[str], config: Config) -> list[str]:
-    for stage in reversed(STAGES.values()):
+    stages = in_order(config)
+    for stage in reversed(stages.values()):
         if stage.name in wanted:
             wanted |= set(stage.inputs(config))
-    return [name for name in STAGES if name in wanted]
+    return [name for name in stages if name in wanted]
 
 
 def statuses(config: Config) -> dict[str, tuple[StageFolder, Plan, Status]]:
     """Every stage's folder, plan and state under this configuration."""
     found = {}
-    for name, plan in make_plans(STAGES, config).items():
+    for name, plan in make_plans(in_order(config), config).items():
         folder = StageFolder(RUNS / config.run, name)
         folder.settle()
         found[name] = (folder, plan, folder.status(plan))

@@ -116,7 +116,7 @@ def settings_of(config: Config, sections: Sequence[str], digest: str) -> dict[st
 def weights_of(values: Mapping[str, Any]) -> dict[str, str]:
     """The settings, dotted key -> value, that name a folder of weights: not those that name a variant."""
     named = {key: value for key, value in values.items() if _WEIGHTS.fullmatch(key) and value}
-    return {key: value for key, value in named.items() if not key.endswith("start") or "/" in value}
+    return {key: value for key, value in named.items() if key.endswith("filter") or "/" in value}
 
 
 def _flatten(prefix: str, value: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The stages, in order; `STAGES` is the whole pipeline."""
+"""The stages; `STAGES` is the whole pipeline."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from pipelines.stages import certify, classifiers, evaluate, export, project, re
 
 
 def _encoder_inputs(config: Config) -> tuple[str, ...]:
-    """Without a finished filter its own GAN; the classifier only where drawings are to agree with it."""
-    judged = config.encoder.needs_classifier and not config.encoder.classifier
-    return (*(() if config.filter else ("train-gan",)), *(("train-classifier",) if judged else ()))
+    """Without a finished filter its own GAN; the classifiers that it is to begin as or to agree with."""
+    encoder = config.encoder
+    judged = encoder.agrees and not encoder.classifier
+    return (
+        *(() if config.filter else ("train-gan",)),
+        *(("train-classifier",) if judged else ()),
+        *(("harden",) if encoder.variants else ()),
+    )
 
 
 def _harden_inputs(config: Config) -> tuple[str, ...]:
@@ -107,3 +112,18 @@ _ALL = (
 )
 
 STAGES = {stage.name: stage for stage in _ALL}
+
+
+def in_order(config: Config) -> dict[str, Stage]:
+    """All stages, each behind its inputs, otherwise as above: an encoder may need variants, or they it."""
+    found: dict[str, Stage] = {}
+
+    def place(name: str) -> None:
+        if name not in found:
+            for needed in STAGES[name].inputs(config):
+                place(needed)
+            found[name] = STAGES[name]
+
+    for name in STAGES:
+        place(name)
+    return found

@@ -14,6 +14,7 @@ from gan.inversion import Agree, encoder_state, train_encoder
 from gan.networks import Encoder, Generator
 from gan.optimisation import seeded
 from manifold_defense.artifact import OwnEncoder, load_classifier, load_gan, save_gan
+from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.encoders import encoder_from
 from manifold_defense.hardening.agreement import Agreement
 from pipelines.board import grid
@@ -27,8 +28,7 @@ def run(context: Context) -> dict[str, Any]:
     generator, encoder = _networks(context)
     generator = generator.eval().requires_grad_(False).to(fabric.device)
     if config.body:
-        classifier = load_own_classifier(config.body, context.data, fabric.device)
-        encoder = encoder_from(classifier, generator, seed=seed)
+        encoder = encoder_from(_classifier(context, config.body), generator, seed=seed)
     if encoder is None:
         if config.images == 0:
             raise StageError("encoder.images: expected at least 1, there is no encoder yet; got 0")
@@ -60,14 +60,18 @@ def run(context: Context) -> dict[str, Any]:
 
 def _agreement(context: Context) -> Agree | None:
     """That with the classifier whose answers the drawings are to keep, if there is one."""
-    config, device = context.config.encoder, context.fabric.device
-    if not config.needs_classifier:
+    config = context.config.encoder
+    if not config.agrees:
         return None
-    if config.classifier:
-        classifier = load_own_classifier(config.classifier, context.data, device)
-    else:
-        classifier = load_classifier(context.inputs["train-classifier"]).to(device)
-    return partial(Agreement, classifier.requires_grad_(False))
+    return partial(Agreement, _classifier(context, config.classifier).requires_grad_(False))
+
+
+def _classifier(context: Context, name: str) -> ImageClassifier:
+    """That of a folder, of a variant of the run, or, without a name, of stage train-classifier."""
+    if "/" in name:
+        return load_own_classifier(name, context.data, context.fabric.device)
+    folder = context.inputs["harden"] / name if name else context.inputs["train-classifier"]
+    return load_classifier(folder).to(context.fabric.device)
 
 
 def _networks(context: Context) -> tuple[Generator, OwnEncoder | None]:
