@@ -47,12 +47,15 @@ class FabricConfig:
 class EncoderStageConfig(EncoderConfig):
     """The training of the encoder, and what its images suffer in it.
 
-    `classifier`: whose answers the drawings are to keep, with an `agreement_weight`; a variant of `harden`,
-    or the folder of a classifier (which a slash tells), or "" for that of stage train-classifier. `body`: the
-    variant or folder of the classifier that the encoder begins as, a hardened one at best, or "".
+    body        the classifier that the encoder begins as: a variant of `harden`, or a folder (which a slash
+                tells); joint: none, but as it was trained with the GAN, or is in a finished filter; auto:
+                without a finished filter the first variant that is hardened for a threat, if none of the
+                variants needs the filter; else joint
+    classifier  whose answers the drawings are to keep, with an `agreement_weight`: a variant or a folder,
+                or "" for that of stage train-classifier
     """
 
-    body: str = ""
+    body: str = "auto"
     classifier: str = ""
     disturbance: Disturbance = field(default_factory=Disturbance)
 
@@ -67,12 +70,6 @@ class EncoderStageConfig(EncoderConfig):
     @property
     def agrees(self) -> bool:
         return self.images > 0 and self.agreement_weight > 0
-
-    @property
-    def variants(self) -> dict[str, str]:
-        """The settings that name a variant of the run, and which."""
-        named = {"body": self.body, "classifier": self.classifier}
-        return {key: name for key, name in named.items() if name and "/" not in name}
 
 
 @dataclass(frozen=True)
@@ -151,6 +148,10 @@ class HardenConfig:
     def __post_init__(self) -> None:
         if not self.name or set(self.name) - _NAME_LETTERS or self.name[0] in ".-":
             raise ValueError(f"name: expected letters, digits, dots, dashes, got {self.name!r}")
+        if self.name in _NO_BODY:
+            raise ValueError(
+                f"name: {self.name} means something else as encoder.body; choose a different one"
+            )
         if self.name in _TAKEN:
             raise ValueError(f"name: {self.name} is another row of the tables; choose a different one")
         if self.start and self.architecture:
@@ -226,6 +227,7 @@ _NOT_BEHIND_FILTER = {
 _MONOTONE = ("binarise", "bit_depth", "blur")
 _NAME_LETTERS = frozenset(string.ascii_letters + string.digits + "._-")
 _TAKEN = ("undefended", "classifier", "distance", "filter", "own", *get_args(Baseline))
+_NO_BODY = ("auto", "joint")  # of an encoder
 
 
 def _one_or_more(value: Any) -> Any:
@@ -337,14 +339,34 @@ class Config:
                         f"harden.{variant.name}.{key}: expected a variant before it{or_else}, got {given!r}"
                     )
             before.append(variant.name)
-        for key, name in self.encoder.variants.items():
+        body, classifier = self.encoder.body, self.encoder.classifier
+        for key, name, others in (("body", body, _NO_BODY), ("classifier", classifier, ("",))):
+            if name in others or "/" in name:
+                continue
             if name not in before:
                 raise ValueError(
                     f"encoder.{key}: expected a variant of harden or a folder such as ./mine, got {name!r}"
                 )
-            behind = [variant.name for variant in self.harden if variant.needs_filter]
-            if behind:
+            if self._need_the_filter:
                 raise ValueError(
-                    f"encoder.{key}: {name} would be trained before the encoder, but {behind[0]} needs the "
-                    "filter; expected a folder such as ./mine"
+                    f"encoder.{key}: {name} would be trained before the encoder, but "
+                    f"{self._need_the_filter[0]} needs the filter; expected a folder such as ./mine"
                 )
+
+    @property
+    def encoder_body(self) -> str:
+        """The variant or folder of the classifier that the encoder begins as, or "": see `encoder.body`."""
+        if self.encoder.body not in _NO_BODY:
+            return self.encoder.body
+        if self.encoder.body == "joint" or self.filter or self._need_the_filter:
+            return ""
+        return next((variant.name for variant in self.harden if variant.objective.threats), "")
+
+    @property
+    def encoder_needs_variants(self) -> bool:
+        named = (self.encoder_body, self.encoder.classifier)
+        return any(name and "/" not in name for name in named)
+
+    @property
+    def _need_the_filter(self) -> list[str]:
+        return [variant.name for variant in self.harden if variant.needs_filter]

@@ -79,8 +79,11 @@ class Plan:
                 return f"{key} is {'new' if key in wanted else 'no longer there'}"
             if before[key] != wanted[key]:
                 return f"{key} was {before[key]!r}, is {wanted[key]!r}"
-        for name, fingerprint in self.inputs.items():
-            if facts.get("inputs", {}).get(name) != fingerprint:
+        known = facts.get("inputs", {})
+        for name in (*self.inputs, *known):
+            if name not in known or name not in self.inputs:
+                return f"its input {name} is {'new' if name in self.inputs else 'no longer there'}"
+            if known[name] != self.inputs[name]:
                 return f"its input {name} has changed"
         return "its inputs have changed"
 

@@ -14,7 +14,7 @@ def _encoder_inputs(config: Config) -> tuple[str, ...]:
     return (
         *(() if config.filter else ("train-gan",)),
         *(("train-classifier",) if judged else ()),
-        *(("harden",) if encoder.variants else ()),
+        *(("harden",) if config.encoder_needs_variants else ()),
     )
 
 

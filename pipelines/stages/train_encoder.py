@@ -27,8 +27,8 @@ def run(context: Context) -> dict[str, Any]:
     config, fabric, seed = context.config.encoder, context.fabric, context.config.seed
     generator, encoder = _networks(context)
     generator = generator.eval().requires_grad_(False).to(fabric.device)
-    if config.body:
-        encoder = encoder_from(_classifier(context, config.body), generator, seed=seed)
+    if context.config.encoder_body:
+        encoder = encoder_from(_classifier(context, context.config.encoder_body), generator, seed=seed)
     if encoder is None:
         if config.images == 0:
             raise StageError("encoder.images: expected at least 1, there is no encoder yet; got 0")

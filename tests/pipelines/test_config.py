@@ -8,6 +8,7 @@ import pytest
 from pipelines.config import Config
 from pipelines.data import DATASETS
 from pipelines.settings import ConfigError, known_keys, load_config, to_toml
+from pipelines.stages import STAGES, in_order
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 
@@ -96,6 +97,13 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
         ("encoder.windows=3", "did you mean encoder.disturbance.windows?"),
         ("encoder.agreement_weight=-1", "agreement_weight: expected at least 0"),
         ("encoder.classifier=./mine", "classifier: expected none without an agreement_weight"),
+        (
+            "encoder.body=mine",
+            "encoder.body: expected a variant of harden or a folder such as ./mine, got 'm",
+        ),
+        ("encoder.body=''", "encoder.body: expected a variant of harden or a folder"),
+        ("encoder={agreement_weight=1, classifier='auto'}", "encoder.classifier: expected a variant"),
+        ("harden.name=joint", "name: joint means something else as encoder.body"),
         ("harden.objective.clean_share=2", "clean_share: expected in [0, 1]"),
         ("harden.objective.name=magic", "expected one of clean, noise, pgd"),
         ("harden.objective.epz=1", "did you mean harden.objective.eps?"),
@@ -172,3 +180,41 @@ def test_settings_that_need_one_another_come_in_any_order():
 
 def test_known_keys_reach_into_tables():
     assert {"gan", "gan.network.latent_dim", "data.root", "evaluate.threats"} <= set(known_keys())
+
+
+BEHIND = 'harden=[{name="hardened"}, {name="through", behind="filter"}]'
+
+
+@pytest.mark.parametrize(
+    ("settings", "body", "first"),
+    [
+        ([], "hardened", "harden"),
+        (["encoder.body=hardened"], "hardened", "harden"),
+        (['harden=[{name="a", objective={name="clean"}}, {name="b"}, {name="c"}]'], "b", "harden"),
+        (['harden=[{name="a", objective={name="clean"}}]'], "", "train-encoder"),
+        (["harden=[]"], "", "train-encoder"),
+        (["encoder.body=joint"], "", "train-encoder"),
+        (["encoder.body=./mine"], "./mine", "train-encoder"),
+        (["filter=./mine"], "", "train-encoder"),
+        (["filter=./mine", "encoder.body=hardened"], "hardened", "harden"),
+        (["encoder.body=joint", "encoder.agreement_weight=1", "encoder.classifier=hardened"], "", "harden"),
+        ([BEHIND], "", "train-encoder"),
+        ([BEHIND, "encoder.body=./mine"], "./mine", "train-encoder"),
+    ],
+)
+def test_an_encoder_begins_as_a_variant_that_stands_before_it(settings, body, first):
+    config = load_config(None, settings)
+    assert config.encoder_body == body
+    order = list(in_order(config))
+    assert sorted(order) == sorted(STAGES)
+    for name in order:
+        assert {*STAGES[name].inputs(config)} <= {*order[: order.index(name)]}
+    assert next(name for name in order if name in ("harden", "train-encoder")) == first
+
+
+@pytest.mark.parametrize(
+    "own", ["encoder.body=hardened", "encoder={agreement_weight=1, classifier='hardened'}"]
+)
+def test_an_encoder_cannot_wait_for_what_waits_for_it(own):
+    with pytest.raises(ConfigError, match=r"hardened would be trained before .* but through needs"):
+        load_config(None, [BEHIND, own])

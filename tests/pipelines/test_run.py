@@ -162,9 +162,10 @@ def test_dry_run_does_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = invoke("run", "project", "--dry-run", *settings())
     assert result.exit_code == 0
-    assert result.output.split("\n")[:4] == [
+    assert result.output.split("\n")[:5] == [
         "train-gan: run",
         "train-classifier: run",
+        "harden: run",
         "train-encoder: run",
         "project: run",
     ]
@@ -239,9 +240,11 @@ def test_help_and_usage_errors_answer_without_torch():
 
 
 def test_a_latent_objective_needs_the_encoder_and_hardens(run_folder):
-    result = invoke(
-        "harden", "--force", *settings("harden.objective.name=latent", "harden.training.images=128")
-    )
+    latent = settings("harden.objective.name=latent", "harden.training.images=128")
+    refused = invoke("harden", "--force", *latent)
+    assert refused.exit_code == 1  # an encoder that began as a variant is not what stands before variants
+    assert "harden needs train-encoder, which is stale" in refused.output
+    result = invoke("run", "harden", "--force", *latent)
     assert result.exit_code == 0, result.output
     facts = json.loads((run_folder / "harden" / "stage.json").read_text())
     assert set(facts["inputs"]) == {"train-classifier", "train-encoder"}
