@@ -13,12 +13,13 @@ from manifold_defense.certification import branching_certificates
 from manifold_defense.evaluation.baselines import Binarise, Preprocessed
 
 MNIST = Path(__file__).parents[1] / "zoo" / "mnist"
-FILTERS = ("filter", "filter-windows", "filter-fitted")
+FILTERS = ("filter", "filter-windows", "filter-fitted", "filter-hardened")
 WEIGHTS = sorted(MNIST.glob("*/*.safetensors"))
 
 
 def test_there_is_a_filter_and_its_classifiers() -> None:
-    classifiers = {"classifier", "classifier-behind", "classifier-pgd", "classifier-proved", "undefended"}
+    classifiers = {"undefended", "classifier"}
+    classifiers |= {f"classifier-{kind}" for kind in ("behind", "pgd", "proved", "union")}
     assert {path.parent.name for path in WEIGHTS} == {*FILTERS, *classifiers}
 
 
@@ -66,6 +67,8 @@ def test_the_filters_have_one_generator_and_an_encoder_each() -> None:
         ("filter", "classifier-pgd", 1.0),
         ("filter", "undefended", 1.0),
         ("filter-fitted", "undefended", 1.0),
+        ("filter-hardened", "undefended", 1.0),
+        ("filter-hardened", "classifier", 1.0),
     ],
 )
 def test_a_classifier_sees_what_the_filter_keeps(before: str, name: str, strength: float) -> None:
@@ -80,6 +83,18 @@ def test_a_classifier_sees_what_the_filter_keeps(before: str, name: str, strengt
         kept = classifier(filter(drawn)).argmax(1) == logits.argmax(1)
     assert sure.sum() > 15
     assert kept[sure].float().mean() > 0.9
+
+
+@pytest.mark.parametrize("name", ["classifier", "classifier-pgd", "classifier-union"])
+def test_a_hardened_classifier_says_of_drawings_what_the_other_is_sure_of(name: str) -> None:
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        drawn = load_filter(MNIST / "filter").generator(torch.randn(60, 64, generator=rng))
+        answers = load_classifier(MNIST / "undefended")(drawn).softmax(1)
+        sure = answers.amax(1) > 0.99
+        agreed = load_classifier(MNIST / name)(drawn).argmax(1) == answers.argmax(1)
+    assert sure.sum() > 15
+    assert agreed[sure].float().mean() > 0.9
 
 
 def test_a_classifier_proves_its_answers_to_most_drawings() -> None:
