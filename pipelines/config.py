@@ -49,8 +49,8 @@ class EncoderStageConfig(EncoderConfig):
 
     body        the classifier that the encoder begins as: a variant of `harden`, or a folder (which a slash
                 tells); joint: none, but as it was trained with the GAN, or is in a finished filter; auto:
-                without a finished filter the first variant that is hardened for a threat, if none of the
-                variants needs the filter; else joint
+                without a finished filter the first variant that is hardened for a threat, behind nothing, if
+                none of the variants needs the filter; else joint
     classifier  whose answers the drawings are to keep, with an `agreement_weight`: a variant or a folder,
                 or "" for that of stage train-classifier
     """
@@ -360,7 +360,8 @@ class Config:
             return self.encoder.body
         if self.encoder.body == "joint" or self.filter or self._need_the_filter:
             return ""
-        return next((variant.name for variant in self.harden if variant.objective.threats), "")
+        bare = (variant for variant in self.harden if variant.objective.threats and not variant.behind)
+        return next((variant.name for variant in bare), "")
 
     @property
     def encoder_needs_variants(self) -> bool:

@@ -191,6 +191,7 @@ BEHIND = 'harden=[{name="hardened"}, {name="through", behind="filter"}]'
         ([], "hardened", "harden"),
         (["encoder.body=hardened"], "hardened", "harden"),
         (['harden=[{name="a", objective={name="clean"}}, {name="b"}, {name="c"}]'], "b", "harden"),
+        (['harden=[{name="a", behind="binarise"}, {name="b"}]'], "b", "harden"),
         (['harden=[{name="a", objective={name="clean"}}]'], "", "train-encoder"),
         (["harden=[]"], "", "train-encoder"),
         (["encoder.body=joint"], "", "train-encoder"),
