@@ -81,17 +81,18 @@ def test_a_filter_comes_back(tmp_path: Path, shape: tuple[int, int, int], encode
 def test_a_filter_whose_encoder_began_as_a_classifier_comes_back(
     tmp_path: Path, name: str, shape: tuple[int, int, int]
 ) -> None:
-    generator = make_filter(shape).generator
-    encoder = encoder_from(make_classifier(name, shape), generator, samples=200)  # type: ignore[arg-type]
+    generator = seeded(0, lambda: Generator(shape, NETWORK))
+    encoder = encoder_from(make_classifier(name, shape), generator, samples=200)
     filter, x = ManifoldFilter(generator, encoder, PRESETS["robust"]), images(shape)
     save_filter(filter, tmp_path / "filter")
-    save_gan(generator, encoder, tmp_path / "gan")  # type: ignore[arg-type]
+    save_gan(generator, encoder, tmp_path / "gan")
     for folder in ("filter", "gan"):
         back = load_filter(tmp_path / folder)
         assert torch.equal(back(x), filter(x))
         assert not any(module.training for module in back.modules())
     with pytest.raises(ArtifactError, match="from a classifier, can be saved"):
-        save_gan(generator, make_classifier(name, shape), tmp_path / "logits")  # type: ignore[arg-type]
+        save_gan(generator, make_classifier(name, shape), tmp_path / "logits")
+    assert not (tmp_path / "logits").exists()
     facts = json.loads((tmp_path / "filter" / "filter.json").read_text())
     for damage in ("magic", {"name": "magic"}, {"width": 0}, {"name": name, "height": 3}):
         (tmp_path / "filter" / "filter.json").write_text(json.dumps({**facts, "encoder": damage}))
