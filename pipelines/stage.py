@@ -229,7 +229,7 @@ def figures(metrics: Mapping[str, Any]) -> list[str]:
     shown = (
         "encoder_error",
         "test_accuracy",
-        "pgd20_accuracy",
+        "quick_accuracy",
         "proved_accuracy",
         "clean_error",
         "accuracy_on_projection",

@@ -45,7 +45,7 @@ class Objective(Protocol):
 
     @property
     def threats(self) -> tuple[Threat, ...]:
-        """What it trains for, if for any: in the balls among them its training is judged."""
+        """What it trains for, if for any: its training is judged by the worst of them."""
 
     def proved(self, model: Classifier, x: Tensor, y: Tensor, /) -> Tensor | None:
         """Which labels (N,) it proves in all of its ball, and is judged by; None if it proves none."""

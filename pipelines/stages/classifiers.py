@@ -5,35 +5,29 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gan.optimisation import seeded
 from manifold_defense.artifact import load_classifier, save_classifier
-from manifold_defense.attacks import pgd
 from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
 from manifold_defense.filter import ManifoldFilter
 from manifold_defense.hardening import Clean, Objective
 from manifold_defense.hardening.training import TrainingConfig, classifier_state, train_classifier
-from manifold_defense.types import Ball, Classifier, Threat
+from manifold_defense.types import Classifier, Threat
 from pipelines.config import HardenConfig
 from pipelines.context import STATE, Context
-from pipelines.data import ImageData, data_digest, split, to_float
+from pipelines.data import ImageData, data_digest, to_float
 from pipelines.defences import behind, load_run_filter
+from pipelines.judging import accuracy, held_out, proved
 from pipelines.own import load_own_classifier
 from pipelines.stage import FACTS, Plan, figures, settings_of, write_json
 
 VARIANT = "variant.json"
-# Training images that classifiers never see, on which their trainings are judged.
-_HELD_OUT_SHARE, _HELD_OUT_MOST = 0.1, 500
 _VALIDATION_STEPS = 10
-
-
-def held_out(data: ImageData) -> tuple[ImageData, ImageData]:
-    """The images that classifiers are validated on, and those that they are trained on."""
-    return split(data, min(int(_HELD_OUT_SHARE * len(data.labels)), _HELD_OUT_MOST))
+_CUSTOMARY = (Threat("linf", 0.15),)  # for what is trained for no threat
 
 
 def train(context: Context) -> dict[str, Any]:
@@ -152,14 +146,14 @@ def _harden(own: Context, context: Context, variant: HardenConfig) -> dict[str, 
 
     hardened = load_classifier(own.folder).requires_grad_(False).to(device)
     x, y = context.test_images(500)
-    balls = _balls(variant.objective) or (Threat("linf", 0.15),)
+    threats = variant.objective.threats or _CUSTOMARY
     deployed = behind(variant.behind, hardened, filter)
-    proved = _proved(variant.objective, deployed, x, y)
+    proofs = proved(variant.objective, deployed, x, y)
     return {
         **metrics,
-        **({} if proved is None else {"proved_accuracy": proved}),
-        "pgd20_balls": [[ball.norm, ball.eps] for ball in balls],
-        "pgd20_accuracy": _accuracy(deployed, x, y, balls, steps=20, seed=context.config.seed),
+        **({} if proofs is None else {"proved_accuracy": proofs}),
+        "quick_threats": [[threat.norm, threat.eps] for threat in threats],
+        "quick_accuracy": accuracy(deployed, x, y, threats, steps=20, seed=context.config.seed),
     }
 
 
@@ -187,11 +181,11 @@ def _train(
 
     def validate(model: nn.Module) -> tuple[float, float]:
         deployed = behind(place, model, filter)
-        clean = _accuracy(deployed, x, y)
-        proved = _proved(objective, deployed, x, y)
-        if proved is not None:
-            return clean, proved
-        return clean, _accuracy(deployed, x, y, _balls(objective), steps=_VALIDATION_STEPS, seed=0)
+        clean = accuracy(deployed, x, y)
+        proofs = proved(objective, deployed, x, y)
+        if proofs is not None:
+            return clean, proofs
+        return clean, accuracy(deployed, x, y, objective.threats, steps=_VALIDATION_STEPS)
 
     loop = train_classifier(
         context.fabric,
@@ -212,7 +206,7 @@ def _train(
     context.fabric.barrier()
     x_test, y_test = context.test_images(0)
     return {
-        "test_accuracy": _accuracy(behind(place, best, filter), x_test, y_test),
+        "test_accuracy": accuracy(behind(place, best, filter), x_test, y_test),
         "n": len(y_test),
         "validations": [list(validation) for validation in state["validations"]],
     }
@@ -229,35 +223,3 @@ def _reconstructed(context: Context, data: ImageData, filter: ManifoldFilter) ->
 
     (images,) = context.map_images(reconstruct, len(data.labels), 500)
     return ImageData(images, data.labels)
-
-
-def _proved(objective: Objective, model: Classifier, x: Tensor, y: Tensor) -> float | None:
-    """Share of images (N, C, H, W) that the objective itself proves; None if it proves nothing."""
-    proofs = []
-    for images, labels in zip(x.split(500), y.split(500), strict=True):
-        proof = objective.proved(model, images, labels)
-        if proof is None:
-            return None
-        proofs.append(proof)
-    return float(torch.cat(proofs).float().mean())
-
-
-def _balls(objective: Objective) -> tuple[Threat, ...]:
-    """Those of its threats that PGD attacks."""
-    return tuple(threat for threat in objective.threats if threat.norm in get_args(Ball))
-
-
-def _accuracy(
-    model: nn.Module, x: Tensor, y: Tensor, balls: tuple[Threat, ...] = (), *, steps: int = 0, seed: int = 0
-) -> float:
-    """Share of images (N, C, H, W) that are right, clean and after PGD in each of the balls."""
-    hits = []
-    for images, labels in zip(x.split(1000), y.split(1000), strict=True):
-        with torch.no_grad():
-            right = model(images).argmax(1) == labels
-        for ball in balls:
-            x_adv = pgd(model, images, labels, norm=ball.norm, eps=ball.eps, steps=steps, seed=seed)
-            with torch.no_grad():
-                right &= model(x_adv).argmax(1) == labels
-        hits.append(right.float())
-    return float(torch.cat(hits).mean())
