@@ -9,6 +9,7 @@ import pytest
 import torch
 from pipelines_support import invoke, settings
 
+import pipelines.stages.classifiers as stage
 from manifold_defense import load_classifier
 from manifold_defense.certification import interval_certificates
 from pipelines.data import load_data, to_float
