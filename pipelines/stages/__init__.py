@@ -69,7 +69,7 @@ _ALL = (
     ),
     Stage(
         "harden",
-        3,
+        4,
         "adversarial training of the classifier",
         _harden_sections,
         _harden_inputs,

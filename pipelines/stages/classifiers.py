@@ -124,7 +124,7 @@ def _fingerprint(context: Context, variant: HardenConfig) -> str:
     for name in needed:
         facts = context.inputs[name] / FACTS
         inputs[name] = json.loads(facts.read_text())["fingerprint"] if facts.exists() else ""
-    return Plan("harden", 2, settings_of(config, sections, data_digest(config.data)), inputs).fingerprint
+    return Plan("harden", 3, settings_of(config, sections, data_digest(config.data)), inputs).fingerprint
 
 
 def _harden(own: Context, context: Context, variant: HardenConfig) -> dict[str, Any]:

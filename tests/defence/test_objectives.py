@@ -281,3 +281,16 @@ def test_a_union_weighs_the_gap_to_the_clean_answer(digits: Any) -> None:
     assert 0 < 2 * gaps[0] < gaps[1] < gaps[2]
     half = replace(_union("adversarial", l2), beta=3.0)
     torch.testing.assert_close(2 * (losses_of(half, x, y) - clean).mean(), gaps[2])
+
+
+def test_a_union_climbs_the_lead_of_the_nearest_other_class() -> None:
+    """Not cross-entropy, which a class further behind but steeper would lead the other way."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    model[1].weight.data = torch.tensor([[0.0], [0.1], [-3.0]]).expand(3, 4).contiguous()
+    model[1].bias.data = torch.tensor([4.0, 2.0, 5.5])
+    x, y = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0])
+    gradient = torch.autograd.functional.jacobian(lambda at: F.cross_entropy(model(at), y), x)
+    assert (gradient < 0).all()  # towards class 2; but 1 is the nearest in all of the ball
+    losses = _union("adversarial", Threat("linf", 0.1))(model, x, y, Step(seed=0))
+    furthest = F.kl_div(model(x + 0.1).log_softmax(1), model(x).softmax(1), reduction="none").sum(1)
+    torch.testing.assert_close(losses, F.cross_entropy(model(x), y, reduction="none") + 6 * furthest)
