@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ class ArtifactError(ValueError):
 
 
 def save_filter(filter: ManifoldFilter, folder: str | Path) -> None:
-    """Write a filter made of our own networks; `load_filter` gives it back."""
+    """Write a filter made of our own networks; `load_filter` gives it back, in float32."""
+    if type(filter) is not ManifoldFilter:
+        raise ArtifactError(f"a folder holds a plain ManifoldFilter, got {type(filter).__name__}")
     facts, modules = _parts(filter.generator, filter.encoder)
     _save(Path(folder), FILTER, {**facts, "projection": asdict(filter.config)}, modules)
 
@@ -69,7 +72,7 @@ def load_gan(folder: str | Path) -> tuple[Generator, OwnEncoder | None]:
 
 
 def save_classifier(model: ImageClassifier, folder: str | Path, *, class_names: tuple[str, ...] = ()) -> None:
-    """Write one of our classifiers; `load_classifier` gives it back."""
+    """Write one of our classifiers; `load_classifier` gives it back, in float32."""
     facts = {
         "image_shape": list(model.image_shape),
         "classes": model.classes,
@@ -88,9 +91,9 @@ def load_classifier(folder: str | Path) -> ImageClassifier:
     facts, weights = _load(path, CLASSIFIER)
     try:
         architecture = ArchitectureConfig(**facts["architecture"])
-        model = ImageClassifier(
-            _shape(facts["image_shape"]), _positive("classes", facts["classes"]), architecture
-        )
+        shape, classes = _shape(facts["image_shape"]), _positive("classes", facts["classes"])
+        with _no_draws():
+            model = ImageClassifier(shape, classes, architecture)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{path / CLASSIFIER}: not a classifier description: {error}") from None
     _fill(model, weights, "classifier", path / CLASSIFIER)
@@ -121,19 +124,25 @@ def _networks(
 ) -> tuple[Generator, OwnEncoder | None]:
     try:
         shape, config = _shape(facts["image_shape"]), NetworkConfig(**facts["network"])
-        generator = Generator(shape, config)
         encoder: OwnEncoder | None = None
-        if "encoder" in facts:
-            architecture = ArchitectureConfig(**facts["encoder"])
-            encoder = ImageClassifier(shape, config.latent_dim, architecture).eval()
-        elif any(name.startswith("encoder.") for name in weights):
-            encoder = Encoder(shape, config)
+        with _no_draws():
+            generator = Generator(shape, config)
+            if "encoder" in facts:
+                architecture = ArchitectureConfig(**facts["encoder"])
+                encoder = ImageClassifier(shape, config.latent_dim, architecture).eval()
+            elif any(name.startswith("encoder.") for name in weights):
+                encoder = Encoder(shape, config)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{source}: not a description of networks: {error}") from None
     _fill(generator, weights, "generator", source)
     if encoder is not None:
         _fill(encoder, weights, "encoder", source)
     return generator, encoder
+
+
+def _no_draws() -> AbstractContextManager[None]:
+    """The weights that networks begin with, soon overwritten, cost the global RNG nothing."""
+    return torch.random.fork_rng(devices=[])
 
 
 def _shape(value: Any) -> tuple[int, int, int]:

@@ -132,7 +132,8 @@ class _Climb:
             over[active] |= clearly(margin, logits)
             if step == self.steps:
                 break
-            rises = rises + (value > last)
+            if step:
+                rises = rises + (value > last)
             last = value
             new_peak = value > highest
             highest = torch.where(new_peak, value, highest)

@@ -88,7 +88,7 @@ def _salient(
     left = (budget - touched.flatten(1).sum(1)).view(-1, 1, 1)  # pixels that may still be touched
     up = torch.where(at < clean, 0, (1 - at).clamp(max=theta))
     down = torch.where(at > clean, 0, at.clamp(max=theta))
-    move = torch.stack([up, -down], 1).view(n, 2 * features)
+    move = torch.stack([up, -down], 1).reshape(n, 2 * features)
     # What each move does, linearised: raises Z_t, lowers the others; on one scale, as they are K − 1.
     gain = _scaled(move * own.flatten(1).repeat(1, 2))
     loss = _scaled(-move * others.flatten(1).repeat(1, 2))

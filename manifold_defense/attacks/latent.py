@@ -27,7 +27,7 @@ def latent_attack(
 
     The label stays that of G(z) as long as eps is small against the distance between classes.
     """
-    with evaluation_mode(model):
+    with evaluation_mode(model), evaluation_mode(generator):
         moved = pgd(
             lambda latent: model(generator(latent)),
             z,

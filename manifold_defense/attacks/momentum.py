@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manifold_defense.attacks.norms import column, geometry
+from manifold_defense.attacks.norms import Bounds, column, free, geometry
 from manifold_defense.attacks.objective import clearly, evaluation_mode, logits_and_gradient, margins
 from manifold_defense.types import Classifier, Norm
 
 # Diverse inputs are shrunk to at least this share of their side, and padded back (Xie et al. 2019).
 _SHRUNK = 0.9
+_BOX: Bounds = (0.0, 1.0)
 
 
 def mi_fgsm(
@@ -61,8 +62,9 @@ def mi_fgsm(
             gradient = gradient.nan_to_num(0, 0, 0)
             length = gradient.flatten(1).abs().sum(1).clamp(min=1e-30)
             momentum[active] = decay * momentum[active] + gradient / column(length, gradient)
-            moved = at + step_size * shape.steepest(momentum[active])
-            at = shape.place(clean, moved, eps, (0.0, 1.0))
+            # A pixel at its bound takes no share of a step's length.
+            moved = at + step_size * shape.steepest(free(momentum[active], at, _BOX))
+            at = shape.place(clean, moved, eps, _BOX)
             current[active] = at
             with torch.no_grad():
                 logits = model(at)

@@ -105,7 +105,12 @@ def likely_wrong(logits: Tensor, y: Tensor, count: int) -> list[Tensor]:
 
 
 def input_gradient(value: Tensor, x: Tensor, *, retain_graph: bool = False) -> Tensor:
-    """`∂ Σ value / ∂x`; zero where no graph leads from x to it: a model that hides its gradient."""
+    """`∂ Σ value / ∂x`; zero where no graph leads from x to it: a model that hides its gradient.
+
+    RuntimeError where nobody could record one, which would pass every model off as such.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("attacks need gradients: expected no torch.inference_mode() around them")
     if not value.requires_grad:
         return torch.zeros_like(x)
     (gradient,) = torch.autograd.grad(value.sum(), x, retain_graph=retain_graph, allow_unused=True)

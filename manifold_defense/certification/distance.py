@@ -23,8 +23,6 @@ class PatchClassifier(nn.Module):
     means: Tensor  # (M, P)
     bases: Tensor  # (M, D, P), orthonormal rows; D = 0 for points
     labels: Tensor  # (M,)
-    offsets: Tensor  # (M, D), of the patches along their own directions
-    lengths: Tensor  # (M,), squared, of the means
 
     def __init__(self, means: Tensor, bases: Tensor, labels: Tensor) -> None:
         super().__init__()
@@ -37,8 +35,6 @@ class PatchClassifier(nn.Module):
         self.register_buffer("means", means.detach().clone())
         self.register_buffer("bases", bases.detach().clone())
         self.register_buffer("labels", labels.detach().clone())
-        self.register_buffer("offsets", (bases @ means.unsqueeze(2)).squeeze(2), persistent=False)
-        self.register_buffer("lengths", means.square().sum(1), persistent=False)
 
     def distances(self, x: Tensor) -> Tensor:
         """Of each image (N, C, H, W) to each class, (N, K), in L2, in the type of the patches."""
@@ -46,10 +42,11 @@ class PatchClassifier(nn.Module):
 
     def _distances(self, flat: Tensor) -> Tensor:
         patches, directions, _ = self.bases.shape
-        squares = flat.square().sum(1, keepdim=True) + self.lengths
+        squares = flat.square().sum(1, keepdim=True) + self.means.square().sum(1)
         squares = torch.addmm(squares, flat, self.means.T, alpha=-2)
         if directions:
-            along = (flat @ self.bases.flatten(0, 1).T).view(-1, patches, directions) - self.offsets
+            along = (flat @ self.bases.flatten(0, 1).T).view(-1, patches, directions)
+            along = along - (self.bases @ self.means.unsqueeze(2)).squeeze(2)
             squares = squares - along.square().sum(2)
         nearest = [squares[:, self.labels == c].amin(1) for c in range(int(self.labels.max()) + 1)]
         return torch.stack(nearest, 1).clamp(min=1e-12).sqrt()
@@ -84,7 +81,7 @@ def fit_patches(
             mean = points.mean(0)
             _, _, rows = torch.linalg.svd(points - mean, full_matrices=False)
             basis = flat.new_zeros(directions, flat.shape[1])
-            kept = min(directions, len(points) - 1)
+            kept = min(directions, len(points) - 1, len(rows))
             basis[:kept] = rows[:kept]
             means.append(mean)
             bases.append(basis)

@@ -45,12 +45,11 @@ class SmoothingConfig:
 
 
 class Clipped(nn.Module):
-    """A model, in eval mode, that is handed images in [0, 1] whatever noise makes of them."""
+    """A model that is handed images in [0, 1] whatever noise makes of them."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.model(x.clamp(0, 1))
@@ -84,7 +83,8 @@ def smoothed_predict(model: Classifier, x: Tensor, config: SmoothingConfig, *, s
         rng = torch.Generator().manual_seed(seed)
         votes = _votes(model, image, config.draws, config, rng)
         (first, second), order = votes.topk(2)
-        likely = binomtest(int(first), int(first + second), 0.5).pvalue <= config.alpha
+        both = int(first + second)
+        likely = both > 0 and binomtest(int(first), both, 0.5).pvalue <= config.alpha
         predictions.append(int(order[0]) if likely else ABSTAINED)
     return torch.tensor(predictions, device=x.device, dtype=torch.int64)
 

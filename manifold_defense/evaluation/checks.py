@@ -172,11 +172,12 @@ def jump(s: Subject) -> Check:
     If not, attacks climb another function than that which the images, on their grid, meet.
     """
     rng = torch.Generator().manual_seed(s.seed)
-    nearby = s.x + 1e-3 * (2 * torch.rand(s.x.shape, generator=rng).to(s.x) - 1)
-    here, there = s.logits(s.x), s.logits(nearby.clamp(0, 1))
+    nearby = (s.x + 1e-3 * (2 * torch.rand(s.x.shape, generator=rng).to(s.x) - 1)).clamp(0, 1)
+    here, there = s.logits(s.x), s.logits(nearby)
     jumps = ((here - there).abs().nan_to_num(torch.inf) / lead(here)).amax(1) > 0.1
-    if s.defence.predict is not None:
-        jumps |= (s.defence.predict(nearby.clamp(0, 1)) < 0) & (s.defence.predict(s.x) >= 0)
+    predicted, beside = s.predicted(s.x), s.predicted(nearby)
+    if predicted is not None and beside is not None:
+        jumps |= (beside < 0) & (predicted >= 0)
     share = share_of(jumps)
     words = f"{int(jumps.sum())} of {len(jumps)} images are answered otherwise a thousandth beside them"
     return s.verdict("jump", share, share < _TOLERANCE, words)
@@ -274,18 +275,19 @@ def convergence(s: Subject) -> Check:
     press = s.defence.draws > 1
     before = before.to(x)
     score, worst = before.clone(), x.clone()
+    draws = s.seed + 2_000_003  # of those, none is among the draws that judge
     for config in last:
         at = (score > 0).nonzero()[:, 0]
         if len(at):
             attack = config.bind(s.threat, seed=seed, press=press, model=s.defence.strongest)
             x_adv = attack(s.defence.strongest, x[at], y[at])
-            found = s.score(x_adv, y[at], s.seed + 1)
+            found = s.score(x_adv, y[at], draws)
             lower = found < score[at]
             score[at[lower]], worst[at[lower]] = found[lower], x_adv[lower]
     at = (score < before).nonzero()[:, 0]
     if press:
         # Chosen by some draws, judged by others; where all images share those, by so much they may err.
-        score[at] = s.score(worst[at], y[at], s.seed + 2)
+        score[at] = s.score(worst[at], y[at], draws + 1)
         most += (share * (1 - share) / s.defence.draws) ** 0.5 * 2
     if s.keep is not None and len(worst):
         s.keep(worst)
@@ -363,7 +365,8 @@ def examine(
     Images that the defence gets wrong to begin with say nothing and are left out.
     """
     clean = Subject(defence, threat, x, y)
-    right = correct(clean.logits(x), y) if defence.predict is None else defence.predict(x) == y
+    predicted = clean.predicted(x)
+    right = correct(clean.logits(x), y) if predicted is None else predicted == y
     if not right.any():
         return []
     x, y = x[right], y[right]

@@ -9,6 +9,7 @@ included.
 from __future__ import annotations
 
 import copy
+import gc
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -110,6 +111,8 @@ def _check(
         raise ValueError(f"images: expected shape (N, C, H, W), got {tuple(x.shape)}")
     _, channels, height, width = x.shape
     check_images(x, (channels, height, width))
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"images: expected float32 or float64, in which radii are exact, got {x.dtype}")
     if y.dtype != torch.int64 or y.shape != x.shape[:1]:
         raise ValueError(f"labels: expected {len(x)} of int64, got {y.dtype} of shape {tuple(y.shape)}")
     if (y < 0).any():
@@ -248,15 +251,46 @@ def _ask(defence: Defence, x: Tensor, y: Tensor) -> None:
 
 
 def _copied(model: Classifier) -> Classifier:
-    """The model as it is now, of a function with what it closes over; itself if it cannot be copied."""
+    """The model as it is now, with what functions within it close over; itself if it cannot be copied."""
     try:
-        if not isinstance(model, types.FunctionType):
-            return copy.deepcopy(model)
-        cells = tuple(types.CellType(copy.deepcopy(cell.cell_contents)) for cell in model.__closure__ or ())
-        defaults = copy.deepcopy(model.__defaults__)
-        return types.FunctionType(model.__code__, model.__globals__, model.__name__, defaults, cells)
+        functions = _closures(model)
+        # `deepcopy` takes a function for a constant, unless it is told what has become of it.
+        memo: dict[int, Any] = {}
+        for function in functions:
+            cells = tuple(types.CellType() for _ in function.__closure__ or ())
+            memo[id(function)] = types.FunctionType(
+                function.__code__, function.__globals__, function.__name__, None, cells
+            )
+        for function in functions:
+            made = memo[id(function)]
+            made.__defaults__ = copy.deepcopy(function.__defaults__, memo)
+            made.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__, memo)
+            made.__dict__.update(copy.deepcopy(function.__dict__, memo))
+            for cell, kept in zip(made.__closure__ or (), function.__closure__ or (), strict=True):
+                cell.cell_contents = copy.deepcopy(kept.cell_contents, memo)
+        return copy.deepcopy(model, memo)
     except Exception:  # whatever a class of the user's raises
         return model
+
+
+def _closures(model: Classifier) -> list[types.FunctionType]:
+    """The functions with something of their own to remember by that can be reached from a model."""
+    found: list[types.FunctionType] = []
+    seen: set[int] = set()
+    left: list[Any] = [model]
+    while left:
+        value = left.pop()
+        if id(value) in seen or isinstance(value, (types.ModuleType, type, Tensor)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, types.FunctionType):
+            kept = (value.__closure__, value.__defaults__, value.__kwdefaults__, value.__dict__)
+            if any(kept):
+                found.append(value)
+            left.extend(kept)  # not what is global: that is no model's own
+        else:
+            left.extend(gc.get_referents(value))
+    return found
 
 
 def _masked(row: Row, checks: Sequence[Check]) -> bool:

@@ -100,8 +100,8 @@ class Subject:
         """In which share (N,) of its draws the deployed model gets attacked images right, or refuses them."""
         if len(x_adv) == 0:
             return x_adv.new_zeros(0)
-        if self.defence.predict is not None:
-            return defended(self.defence.predict(x_adv), y, attacked=True).to(x_adv)
+        if (predicted := self.predicted(x_adv)) is not None:
+            return defended(predicted, y, attacked=True).to(x_adv)
         return mean_over_draws(self.defence.model, x_adv, y, self.defence.draws, seed).to(x_adv)
 
     def share(self, *attack: Any) -> float:
@@ -113,6 +113,14 @@ class Subject:
         """(N, K) of the deployed model in eval mode; of one that draws, of the mean that is attacked."""
         with evaluation_mode(self.defence.answering):
             return self.defence.answering(x)
+
+    @torch.no_grad()
+    def predicted(self, x: Tensor) -> Tensor | None:
+        """Labels (N,) of a deployed model that has its own rule for them, in eval mode; -1: refused."""
+        if self.defence.predict is None:
+            return None
+        with evaluation_mode(self.defence.model):
+            return self.defence.predict(x)
 
     def gradient(self, x: Tensor) -> Tensor:
         """Of the margin at x (N, C, H, W); zero where the model hides it."""

@@ -268,8 +268,9 @@ class Defence:
 
     @property
     def strongest_view(self) -> str:
-        """The exact view, or the last that there is."""
-        return list(self.attacked)[-1]
+        """The exact view, or the last that there is; of one that knows the defence, if there is one."""
+        knowing = [view for view in self.attacked if view != "unaware"] or list(self.attacked)
+        return "exact" if "exact" in knowing else knowing[-1]
 
     @property
     def answering(self) -> Classifier:
@@ -296,11 +297,10 @@ class Defence:
         name: str,
         defended: DefendedClassifier | RejectingClassifier,
         trained: tuple[Threat, ...] = (),
-        views: Sequence[ViewName] = ORDER,
     ) -> Defence:
-        """A classifier behind a filter, in every view that it has of `views`; it may refuse images."""
-        wanted = sorted(set(defended.filter.views()) & set(views), key=ORDER.index)
-        attacked: dict[str, Classifier] = {view: defended.view(view) for view in wanted}
+        """A classifier behind a filter, in every view that the filter has; it may refuse images."""
+        views = sorted(defended.filter.views(), key=ORDER.index)
+        attacked: dict[str, Classifier] = {view: defended.view(view) for view in views}
         predict = defended.predict if isinstance(defended, RejectingClassifier) else None
         return cls(name, defended, {"unaware": defended.classifier, **attacked}, trained, predict=predict)
 

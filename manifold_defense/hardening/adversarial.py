@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -117,6 +117,7 @@ class Mixture(InBall):
     the mixing of Goodfellow et al. 2015)."""
 
     name: Literal["mixture"] = "mixture"
+    norms: ClassVar[tuple[Ball, ...]] = ("linf", "l2")
     norm: Literal["linf", "l2"] = "linf"
     steps: int = 5
     decay: float = 1.0

@@ -47,7 +47,8 @@ class IntervalBounds(Base):
         return intervals_prove(cast(Bounded, model), x, y, self.eps)
 
     def __call__(self, model: Classifier, x: Tensor, y: Tensor, step: Step, /) -> Tensor:
-        done = ramped(1.0, max(step.progress - self.warmup, 0.0), self.ramp)
+        since = step.progress - self.warmup
+        done = ramped(1.0, since, self.ramp) if since >= 0 else 0.0
         kappa = 1 - (1 - self.kappa) * done
         loss = torch.zeros_like(y, dtype=x.dtype)
         if kappa > 0:

@@ -84,7 +84,9 @@ class Disturbance:
 
     def _in_ball(self, errors: Errors, x: Tensor, norm: Norm, eps: float, rng: torch.Generator) -> Tensor:
         shape = geometry(norm)
-        draws = () if norm == "linf" else (draw_windows,) * self.windows + (draw_pieces,) * self.pieces
+        # An image by itself has no other to take a piece of.
+        piece = draw_pieces if len(x) > 1 else draw_windows
+        draws = () if norm == "linf" else (draw_windows,) * self.windows + (piece,) * self.pieces
         if self.kind == "adversarial" and draws:
             tried = [shape.place(x, draw(x, rng), eps, (0.0, 1.0)) for draw in draws]
             at = _chosen(tried, _worst(errors, tried))

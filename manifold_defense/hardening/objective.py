@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, get_args
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -72,12 +72,15 @@ class Base:
 class InBall(Base):
     """For one ball, whose radius grows to eps over the first `ramp` of the training."""
 
+    norms: ClassVar[tuple[Ball, ...]] = get_args(Ball)  # that the objective is for
     norm: Ball = "linf"
     eps: float = 0.15
     ramp: float = 0.3
 
     def __post_init__(self) -> None:
         check(self, positive=("eps",), shares=("ramp",))
+        if self.norm not in self.norms:
+            raise ValueError(f"norm: expected one of {', '.join(self.norms)}, got {self.norm!r}")
 
     @property
     def threats(self) -> tuple[Threat, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manifold_defense.hardening.objective import Base, InBall, Step, check
-from manifold_defense.types import Classifier
+from manifold_defense.types import Ball, Classifier
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class GradientPenalty(InBall):
     """
 
     name: Literal["gradient_penalty"] = "gradient_penalty"
+    norms: ClassVar[tuple[Ball, ...]] = ("linf", "l2")
     norm: Literal["linf", "l2"] = "linf"
 
     def __call__(self, model: Classifier, x: Tensor, y: Tensor, step: Step, /) -> Tensor:

@@ -1,6 +1,7 @@
 """APGD and MI-FGSM on models whose strongest point is known, and the ratio of logits by hand."""
 
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from manifold_defense.attacks import apgd, fgsm, geometry, mi_fgsm, pgd
 from manifold_defense.attacks.apgd import _checkpoints
 from manifold_defense.attacks.objective import attack_loss, fooled, logits_and_gradient, margins, towards
-from tests.defence.attack_table import GREY, Linear, images, logits_of, network
+from tests.defence.attack_table import GREY, Linear, gain, images, logits_of, network
 
 LOGITS = torch.tensor([[4.0, 1.0, 3.0, 0.0, -1.0], [0.0, 5.0, 2.0, 1.0, 1.0]])
 Y = torch.tensor([0, 2])
@@ -155,6 +156,39 @@ def test_momentum_by_hand() -> None:
     model, y = Linear(m=30.0), torch.ones(3, dtype=torch.long)
     x_adv = mi_fgsm(model, GREY, y, eps=0.1, steps=2)
     torch.testing.assert_close(x_adv, GREY - 0.1 * model.w.sign(), atol=1e-6, rtol=0)
+
+
+def test_momentum_spends_its_radius_where_pixels_are_at_their_bounds() -> None:
+    """On a linear model the best image of the ball and the box, which PGD finds."""
+    model = Linear(m=30.0)
+    x = torch.where(torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.8, 0.0, 0.5)
+    x, y = x.expand(3, 1, 8, 8), torch.ones(3, dtype=torch.long)
+    found = [attack(model, x, y, norm="l2", eps=0.8, steps=20) for attack in (mi_fgsm, pgd)]
+    assert ((found[0] - x).flatten(1).norm(dim=1) > 0.79).all()
+    assert (gain(model, found[0], x) > 0.99 * gain(model, found[1], x)).all()
+
+
+@pytest.mark.parametrize(("rises", "halved"), [(16, True), (17, False)])
+def test_a_start_is_no_rise(rises: int, halved: bool, monkeypatch: Any) -> None:
+    """Of 22 moves before the first look 17 must raise the loss (0.75), or steps are halved."""
+    lengths, asked = [], 0
+
+    def step(clean: Tensor, at: Tensor, gradient: Tensor, length: Tensor, *rest: Any) -> Tensor:
+        lengths.append(float(length))
+        return at
+
+    def scripted(at: Tensor) -> Tensor:
+        nonlocal asked
+        height = at.sum((1, 2, 3)) * 0 + (asked if asked <= rises + 1 else -asked) - 1000
+        asked += 1  # at first about the clean image
+        return torch.stack([height, torch.zeros_like(height)], 1)
+
+    module = import_module("manifold_defense.attacks.apgd")
+    monkeypatch.setattr(module, "geometry", lambda norm: geometry(norm)._replace(step=step))
+    x, y = torch.full((1, 1, 2, 2), 0.5), torch.ones(1, dtype=torch.long)
+    apgd(scripted, x, y, eps=0.25, steps=100, loss="margin", random_start=False)
+    assert lengths[:22] == [0.5] * 22
+    assert lengths[22] == (0.25 if halved else 0.5)
 
 
 def test_momentum_carries_over_a_turn() -> None:

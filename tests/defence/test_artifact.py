@@ -26,6 +26,7 @@ from manifold_defense import (
 from manifold_defense.artifact import load_gan, save_gan
 from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
 from manifold_defense.encoders import encoder_from
+from manifold_defense.randomised import RandomisedFilter
 
 NETWORK = NetworkConfig(latent_dim=6, generator_width=4, critic_width=4, encoder_width=4, max_width=16)
 SHAPES = [(1, 8, 8), (3, 32, 32)]
@@ -68,7 +69,9 @@ def images(shape: tuple[int, int, int]) -> torch.Tensor:
 def test_a_filter_comes_back(tmp_path: Path, shape: tuple[int, int, int], encoder: bool) -> None:
     filter, x = make_filter(shape, encoder=encoder), images(shape)
     save_filter(filter, tmp_path / "deep" / "folder")
+    before = torch.get_rng_state()
     back = load_filter(str(tmp_path / "deep" / "folder"))
+    assert torch.equal(before, torch.get_rng_state())
     assert back.config == filter.config
     assert (back.encoder is None) == (not encoder)
     assert torch.equal(back(x), filter(x))
@@ -105,7 +108,9 @@ def test_a_filter_whose_encoder_began_as_a_classifier_comes_back(
 def test_a_classifier_comes_back(tmp_path: Path, name: str, shape: tuple[int, int, int]) -> None:
     model, x = make_classifier(name, shape), images(shape)
     save_classifier(model.train(), tmp_path, class_names=("a", "b", "c", "d", "ë"))
+    before = torch.get_rng_state()
     back = load_classifier(tmp_path)
+    assert torch.equal(before, torch.get_rng_state())
     assert not back.training
     assert (back.image_shape, back.classes, back.config) == (shape, 5, model.config)
     with torch.no_grad():
@@ -165,6 +170,8 @@ def test_foreign_networks_are_refused_when_saved(tmp_path: Path) -> None:
         save_filter(ManifoldFilter(Foreign()), tmp_path)
     with pytest.raises(ArtifactError):
         save_filter(ManifoldFilter(make_filter().generator, Foreign()), tmp_path)
+    with pytest.raises(ArtifactError, match="got RandomisedFilter"):
+        save_filter(RandomisedFilter(make_filter(encoder=False)), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -109,6 +109,19 @@ def test_nothing_is_left_behind(name: str, host: Any) -> None:
     assert torch.equal(y, y_before)
 
 
+@every_attack
+def test_no_gradient_is_lost_in_silence(name: str) -> None:
+    """Where none can be recorded an attack that follows one says so; others find what they always find."""
+    model, x, y = problem(3)
+    if name.startswith(("noise", "corruption", "square", "hop-skip-jump", "sparse-rs")):
+        with torch.inference_mode():
+            found = ATTACKS[name](model, x, y)
+        assert torch.equal(found, ATTACKS[name](model, x, y))
+    else:
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=r"(?i)inference"):
+            ATTACKS[name](model, x, y)
+
+
 def test_modes_come_back_after_an_error() -> None:
     model = network(3)
     model.append(nn.Linear(7, 7))  # does not fit

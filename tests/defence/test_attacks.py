@@ -248,11 +248,15 @@ def test_a_latent_attack_on_linear_models_reaches_the_corner(linear: Any, m: flo
 
 def test_a_latent_attack_leaves_models_and_rng_alone(networks: Any) -> None:
     model, z = network(3), torch.zeros(4, 6)
+    seen = []
+    networks[0].train().register_forward_hook(lambda module, *_: seen.append(module.training))
     before, weights = torch.get_rng_state(), [p.clone() for p in model.parameters()]
     first = latent_attack(model, networks[0], z, torch.zeros(4, dtype=torch.long))
     assert torch.equal(first, latent_attack(model, networks[0], z, torch.zeros(4, dtype=torch.long)))
     assert torch.equal(before, torch.get_rng_state())
-    assert all(module.training for module in model.modules())
+    assert all(module.training for m in (model, networks[0]) for module in m.modules())
+    assert seen
+    assert not any(seen)
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
     assert all(p.grad is None for m in (model, networks[0]) for p in m.parameters())
 

@@ -241,6 +241,23 @@ def test_a_distance_classifier_finds_the_digits_and_is_one_lipschitz(digits: Any
         assert (change <= (x - other).flatten(1).norm(dim=1) + 1e-9).all()
 
 
+def test_a_distance_classifier_that_is_filled_is_the_one_whose_weights_it_has() -> None:
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.rand(2, 40, 1, 3, 3, generator=rng), torch.arange(40) % 2
+    one, other = (fit_patches(images, y, patches=2, directions=3) for images in x)
+    expected = one.certify(x[0])
+    other.load_state_dict(one.state_dict())
+    found = other.certify(x[0])
+    assert torch.equal(found.prediction, expected.prediction)
+    assert torch.equal(found.radius, expected.radius)
+
+
+def test_a_patch_has_no_more_directions_than_there_are_pixels() -> None:
+    x, y = torch.rand(40, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 2
+    distances = fit_patches(x, y, patches=1, directions=9).distances(x)
+    assert (distances < 1e-5).all()  # all of space
+
+
 def test_a_distance_classifier_says_what_it_expects() -> None:
     with pytest.raises(ValueError, match="bases: expected"):
         PatchClassifier(torch.rand(3, 4), torch.rand(3, 1, 5), torch.tensor([0, 1, 2]))

@@ -75,6 +75,12 @@ def test_an_attack_raises_the_error_further_than_noise(threat: Threat) -> None:
     assert found[2] > 1.05 * found[1]
 
 
+def test_an_image_by_itself_has_no_pieces_of_others() -> None:
+    inverted = Inverted(1)
+    got = inverted.disturbed(Disturbance(threats=(L2,), pieces=2, ramp=0.0))
+    assert 0 < sizes("l2", got - inverted.x) <= L2.eps + 1e-5
+
+
 def test_threats_come_by_turns() -> None:
     """One that is named twice has two of them."""
     inverted = Inverted(8)

@@ -422,6 +422,7 @@ def answering(forward: Callable[[Tensor], Any]) -> dict[str, Any]:
         ({"attacks": [AttackConfig("pgd"), AttackConfig("pgd", 3)]}, "attacks: expected different names"),
         ({"x": torch.full((4, 1, 2, 2), 1.5)}, r"images: expected values in \[0, 1\]"),
         ({"x": torch.zeros(4, 1, 2, 2, dtype=torch.long)}, "images: expected floats"),
+        ({"x": torch.zeros(4, 1, 2, 2).half()}, "images: expected float32 or float64, .* got torch.float16"),
         ({"x": torch.zeros(4, 4)}, r"images: expected shape \(N, C, H, W\), got \(4, 4\)"),
         ({"y": torch.zeros(3, dtype=torch.long)}, "labels: expected 4 of int64"),
         ({"y": torch.zeros(4, dtype=torch.int32)}, "labels: expected 4 of int64, got torch.int32"),

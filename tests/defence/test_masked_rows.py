@@ -53,14 +53,29 @@ def test_a_model_that_remembers_the_clean_images_is_told_from_a_copy(classifier:
         def forward(self, x: Tensor) -> Tensor:
             return classifier(x)
 
+    class Holds(nn.Module):
+        """A function that remembers, kept by a module."""
+
+        def __init__(self, function: Any) -> None:
+            super().__init__()
+            self.function = function
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.function(x)
+
     own = Remembers(classifier)
     models = {"remembers": own, "closure": lambda x: own(x), "single": Single(), "honest": classifier}
+    inner = models["closure"]
+    models |= {"nested": lambda x: inner(x), "held": Holds(inner), "default": lambda x, f=[inner]: f[0](x)}
+    models["honest held"] = Holds(lambda x: classifier(x))
     models["function"] = lambda x: classifier(x)
     defences = [Defence.bare(name, model) for name, model in models.items()]
     checks = evaluate(defences, [AttackConfig("pgd", 5)], [LINF], x, y).checks
     passed = {(c.defence, c.name): c.passed for c in checks}
     assert not passed["remembers", "memory"]
-    assert not passed["closure", "memory"]
+    for name in ("closure", "nested", "held", "default"):
+        assert not passed[name, "memory"], name
+    assert passed["honest held", "memory"]
     assert passed["honest", "memory"]
     assert passed["function", "memory"]
     assert not passed["single", "memory"]

@@ -323,6 +323,18 @@ def test_all_channels_of_one_pixel_are_one_change(attack: Any) -> None:
     assert torch.equal((x_adv != x)[0], w == 1)
 
 
+def test_jsma_takes_images_whose_channels_lie_last() -> None:
+    x = torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    w = torch.randn(48, 3, generator=torch.Generator().manual_seed(1))
+
+    def model(x: Tensor) -> Tensor:
+        return x.flatten(1) @ w
+
+    y = model(x).argmax(1)
+    last = jsma(model, x.to(memory_format=torch.channels_last), y, eps=3)
+    assert torch.equal(last, jsma(model, x, y, eps=3))
+
+
 @pytest.mark.parametrize("shade", [0.0, 1.0])
 @pytest.mark.parametrize("pairs", [False, True])
 def test_jsma_increases_and_decreases(shade: float, pairs: bool) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import norm as gaussian
-from torch import Tensor
+from torch import Tensor, nn
 
 from manifold_defense.attacks import pgd
 from manifold_defense.certification import (
@@ -14,7 +14,7 @@ from manifold_defense.certification import (
     smoothed_certify,
     smoothed_predict,
 )
-from manifold_defense.certification.smoothing import certified_radius
+from manifold_defense.certification.smoothing import Clipped, certified_radius
 from manifold_defense.classifiers import ImageClassifier
 
 
@@ -108,7 +108,15 @@ def test_votes_that_are_not_finite_count_for_no_class() -> None:
         return torch.full((len(x), 3), float("nan"))
 
     config = SmoothingConfig(draws=50)
-    assert smoothed_certify(broken, torch.rand(2, 1, 2, 2), config).prediction.tolist() == [ABSTAINED] * 2
+    x = torch.rand(2, 1, 2, 2)
+    assert smoothed_certify(broken, x, config).prediction.tolist() == [ABSTAINED] * 2
+    assert smoothed_predict(broken, x, config).tolist() == [ABSTAINED] * 2
+
+
+def test_clipping_leaves_the_mode_of_a_model_alone() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(4, 2))
+    smoothed_certify(Clipped(model), torch.rand(2, 1, 2, 2), SmoothingConfig(draws=20))
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize(("key", "value"), [("sigma", 0.0), ("draws", 0), ("selection", 0), ("alpha", 1.0)])
