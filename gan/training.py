@@ -7,6 +7,7 @@ and the step, so a loop restarted from a saved state continues bit for bit (on C
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -52,8 +53,8 @@ class GanConfig:
         for name in ("images", "batch_size", "critic_steps", "penalty_every", "average_half_life"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ValueError(f"lr: expected above 0, got {self.lr}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr: expected above 0 and finite, got {self.lr}")
         for name in ("penalty_weight", "reconstruction_weight", "latent_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")

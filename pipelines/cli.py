@@ -159,13 +159,10 @@ def run(
 
 
 def _show_intentions(console: Any, config: Any, names: list[str], force: bool, *, remake: bool) -> None:
-    from pipelines.run import intention, statuses
+    from pipelines.run import intentions, statuses
     from pipelines.stages import STAGES
 
-    found = statuses(config)
-    for name in names:
-        folder, plan, status = found[name]
-        doing = intention(name, folder, plan, status, force)
+    for name, doing in intentions(names, statuses(config), force):
         anew = doing == "cached" and (remake or not STAGES[name].lasts(config))
         console.print(f"{name}: {'make anew' if anew else doing}", highlight=False)
 
@@ -177,7 +174,8 @@ def _show_results(console: Any, config: Any, *, with_report: bool) -> None:
     folder = RUNS / config.run
     print_results(console, json.loads((folder / "evaluate" / "stage.json").read_text())["metrics"])
     if with_report:
-        console.print(f"report: {folder / 'report' / 'report.md'}", highlight=False, soft_wrap=True)
+        report = folder / "report" / "report.md"
+        console.print(f"report: {report}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _make_folder(folder: Path) -> None:
@@ -238,7 +236,10 @@ def filter_command(
         _make_folder(Path(target))
     console = _console()
     columns = Progress.get_default_columns()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with (
+        one_line("interrupted; --force begins again"),
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+    ):
         task = bar.add_task("filter", total=None)
         result = purify(
             loaded,
@@ -248,7 +249,8 @@ def filter_command(
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     shown = f", error {result.error:.4f}" if result.written else ""
-    console.print(f"{result.written} written to {result.target}{shown}", highlight=False, soft_wrap=True)
+    line = f"{result.written} written to {result.target}{shown}"
+    console.print(line, highlight=False, soft_wrap=True, markup=False)  # brackets are part of a name
     if result.unreadable:
         fail(f"{len(result.unreadable)} unreadable: {', '.join(result.unreadable[:5])}", 1)
 

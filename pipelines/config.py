@@ -24,7 +24,7 @@ from manifold_defense.hardening import OBJECTIVES, Objective, Pgd, Union
 from manifold_defense.hardening.disturbance import Disturbance
 from manifold_defense.hardening.training import TrainingConfig
 from manifold_defense.projection import PRESETS, ProjectionConfig
-from manifold_defense.types import Threat
+from manifold_defense.types import Ball, Threat
 from pipelines.data import DataConfig
 
 _STRICT = ConfigDict(extra="forbid")
@@ -97,6 +97,10 @@ class ProjectStageConfig:
     def __post_init__(self) -> None:
         if self.images < 0:
             raise ValueError(f"images: expected at least 0 (all), got {self.images}")
+        if self.threat.norm not in get_args(Ball):
+            raise ValueError(
+                f"threat.norm: expected one of {', '.join(get_args(Ball))}, got {self.threat.norm!r}"
+            )
 
 
 def _objective_name(value: Any) -> str:

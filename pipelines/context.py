@@ -120,7 +120,7 @@ class Context:
 
     def say(self, line: str) -> None:
         if self.main:
-            self.shop.console.print(line, highlight=False)
+            self.shop.console.print(line, highlight=False, markup=False)
 
     def batches(
         self, batch_size: int, *, shift: bool, data: ImageData | None = None

@@ -44,6 +44,10 @@ class DataError(Exception):
     """The data cannot be used; the message is one line that says what to do about it."""
 
 
+class NoImagesError(DataError):
+    """No image file is where some were expected."""
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which images to read and how training sees them. Raises `ValueError` for a value out of range."""
@@ -302,10 +306,19 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Every image file below a class folder, a dangling link too: it shall be named, not overlooked."""
+    """Every image file below a class folder, a dangling link too: it shall be named, not overlooked.
+
+    Links to folders are followed, to each folder once. Raises NoImagesError if there is none.
+    """
     files = []
-    for parent, folders, names in os.walk(folder, onerror=_unreadable_folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, onerror=_unreadable_folder, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [
             Path(parent, name)
             for name in names
@@ -313,7 +326,7 @@ def image_files(folder: Path) -> list[Path]:
         ]
     files.sort()
     if not files:
-        raise DataError(f"image_folder: no image file ({' '.join(sorted(EXTENSIONS))}) in {folder}")
+        raise NoImagesError(f"image_folder: no image file ({' '.join(sorted(EXTENSIONS))}) in {folder}")
     return files
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from manifold_defense.attacks import corruption, patch, pgd, pgd_l0
 from manifold_defense.hardening import Objective
 from manifold_defense.types import Attack, Classifier, Threat
-from pipelines.data import ImageData, split
+from pipelines.data import DataError, ImageData, split
 
 # Training images that classifiers never see.
 _HELD_OUT_SHARE, _HELD_OUT_MOST = 0.1, 500
@@ -18,7 +18,11 @@ _HELD_OUT_SHARE, _HELD_OUT_MOST = 0.1, 500
 
 def held_out(data: ImageData) -> tuple[ImageData, ImageData]:
     """The images that classifiers are validated on, and those that they are trained on."""
-    return split(data, min(int(_HELD_OUT_SHARE * len(data.labels)), _HELD_OUT_MOST))
+    if len(data.labels) < 2:
+        raise DataError(
+            f"training images: expected at least 2, one of which is held out, got {len(data.labels)}"
+        )
+    return split(data, min(max(int(_HELD_OUT_SHARE * len(data.labels)), 1), _HELD_OUT_MOST))
 
 
 def quick_attack(threat: Threat, steps: int, seed: int = 0) -> Attack:

@@ -6,16 +6,28 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+import gan
+import manifold_defense
+import pipelines
 from manifold_defense.artifact import load_classifier, load_filter
 from manifold_defense.classifiers import ImageClassifier
+from manifold_defense.evaluation import ModelError
 from manifold_defense.filter import ManifoldFilter
 from pipelines.data import Dataset, one_line, to_float
 from pipelines.stage import StageError
+
+# Where this program lies: in a checkout that is below the folder that it is called in.
+_OURS = tuple(
+    Path(module.__file__).parent for module in (gan, manifold_defense, pipelines) if module.__file__
+)
 
 
 class OwnClassifierError(Exception):
@@ -51,38 +63,68 @@ def load_own(source: str, data: Dataset, device: torch.device) -> nn.Module:
         raise refused(f"cannot be made: {_blamed(error)}") from None
     if not isinstance(model, nn.Module):
         raise refused(f"expected a torch.nn.Module, got {type(model).__name__}")
-    model = model.to(device).requires_grad_(False).eval()
+    classes = len(data.classes)
+
+    def check(_: nn.Module, given: tuple[Any, ...], logits: Any) -> None:
+        # A hook, not a module around it: what the model is says in which views it is attacked.
+        if not isinstance(logits, torch.Tensor) or logits.shape != (len(given[0]), classes):
+            got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise refused(
+                f"expected logits (N, {classes}), a column a class; of {len(given[0])} images it gave {got}"
+            )
+        if not logits.is_floating_point():
+            raise refused(f"expected finite float logits, got {logits.dtype}")
+
     clean = to_float(data.test.images[:2]).to(device)
     x = clean.clone().requires_grad_(True)
     try:
+        model = model.to(device).eval()
+        with torch.no_grad():
+            model(clean.clone())  # what is lazy gets its weights
+        model = model.requires_grad_(False)
+        model.register_forward_hook(check)
         logits = model(x)
-        if isinstance(logits, torch.Tensor) and logits.requires_grad:
+        if logits.requires_grad:
             torch.autograd.grad(logits.sum(), x, allow_unused=True)
-    except Exception as error:
+    except OwnClassifierError:
+        raise
+    except (Exception, SystemExit) as error:
         raise refused(f"no answer to images of shape {data.image_shape}: {_blamed(error)}") from None
     if not torch.equal(x, clean):
         raise refused("expected a model that leaves its images alone, it changed them in place")
-    classes = len(data.classes)
-    if not isinstance(logits, torch.Tensor) or logits.shape != (len(x), classes):
-        given = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise refused(f"expected logits (N, {classes}), a column a class; of {len(x)} images it gave {given}")
-    if not logits.is_floating_point() or not logits.isfinite().all():
-        kind = "NaN or infinity" if logits.is_floating_point() else str(logits.dtype)
-        raise refused(f"expected finite float logits, got {kind}")
+    if not logits.isfinite().all():
+        raise refused("expected finite float logits, got NaN or infinity")
     return model
+
+
+@contextmanager
+def blamed_on(source: str) -> Iterator[None]:
+    """Around the use of a classifier of the user's, "" for none: what fails in it is said in one line."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        theirs = isinstance(error, ModelError) or bool(_places(error))
+        if not source or isinstance(error, OwnClassifierError) or not theirs:
+            raise
+        raise OwnClassifierError(f"--classifier {source}: {_blamed(error)}") from error
 
 
 def _blamed(error: BaseException) -> str:
     """One line: what went wrong and, if it was in a file of the user's, where."""
     line = f"{type(error).__name__}: {one_line(error)}"[:200]
-    places = [
+    places = _places(error)
+    return f"{line} ({places[-1]})" if places else line
+
+
+def _places(error: BaseException) -> list[str]:
+    """Lines of files of the user's that an error went through: below this folder, and not of this program."""
+    return [
         f"{frame.filename}:{frame.lineno}"
         for frame in traceback.extract_tb(error.__traceback__)
         if Path(frame.filename).is_relative_to(os.getcwd())
         and "site-packages" not in frame.filename
-        and frame.filename != __file__
+        and not any(Path(frame.filename).is_relative_to(room) for room in _OURS)
     ]
-    return f"{line} ({places[-1]})" if places else line
 
 
 def load_own_filter(folder: str, image_shape: tuple[int, ...], device: torch.device) -> ManifoldFilter:

@@ -6,6 +6,7 @@ Letters of shapes: N images, C channels, S pixels a side.
 from __future__ import annotations
 
 import csv
+import fcntl
 import math
 import os
 import warnings
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from manifold_defense.filter import ManifoldFilter
-from pipelines.data import EXTENSIONS, DataError, decode_image, image_files, one_line, to_float
+from pipelines.data import EXTENSIONS, DataError, NoImagesError, decode_image, image_files, one_line, to_float
 
 ERRORS = "errors.csv"
 # What JPEG would change is a perturbation of its own, made after the filter.
@@ -93,6 +94,8 @@ def purify(
         if not source.exists():
             raise PurifyError(f"{source}: no such file or folder")
         is_folder = source.is_dir()
+        if not is_folder and not source.is_file():
+            raise PurifyError(f"{source}: neither a file nor a folder")
     if is_folder:
         return _purify_folder(filter, source, target, batch_size, force, on_progress)
     return _purify_file(filter, source, target, force, on_progress)
@@ -138,13 +141,25 @@ def _purify_folder(
     on_progress: Callable[[int, int], None] | None,
 ) -> Purified:
     tasks = _plan(source, target)
-    table = target / ERRORS
     with _explained(target, "written"):
         if target.exists() and not target.is_dir():
             raise PurifyError(f"{target}: is a file; a folder's images need a folder")
         target.mkdir(parents=True, exist_ok=True)
         if not force and any(target.iterdir()):
             raise PurifyError(f"{target}: not empty; --force writes into it")
+    with _alone(target):
+        return _fill_folder(filter, tasks, target, batch_size, on_progress)
+
+
+def _fill_folder(
+    filter: ManifoldFilter,
+    tasks: Sequence[_Task],
+    target: Path,
+    batch_size: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> Purified:
+    table = target / ERRORS
+    with _explained(table, "removed"):
         table.unlink(missing_ok=True)  # a table is the sign that all its images are there
     rows: list[_Row] = []
     for start in range(0, len(tasks), batch_size):
@@ -177,8 +192,10 @@ def _plan(source: Path, target: Path) -> list[_Task]:
     with _explained(source, "read"):
         try:
             files = image_files(source)
-        except DataError:
+        except NoImagesError:
             raise PurifyError(f"{source}: no image file ({' '.join(sorted(EXTENSIONS))}) in it") from None
+        except DataError as error:
+            raise PurifyError(str(error).removeprefix("image_folder: ")) from None
     makers: dict[Path, str] = {}  # result -> the source that it is made of
     for path in files:
         relative = path.relative_to(source)
@@ -189,6 +206,8 @@ def _plan(source: Path, target: Path) -> list[_Task]:
             )
         makers[result] = relative.as_posix()
     for result, name in makers.items():
+        if result.parts[0] == ERRORS:
+            raise PurifyError(f"{source}: {name} would stand where the table {ERRORS} goes")
         for folder in result.parents:
             if folder in makers:
                 raise PurifyError(f"{source}: {makers[folder]} would become {folder}, the folder of {name}")
@@ -254,6 +273,23 @@ def _write(pixels: NDArray[np.uint8], path: Path) -> None:
     image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
     with _whole(path) as partial:
         image.save(partial, format=_LOSSLESS[path.suffix.lower()])
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two commands at work on one folder would overwrite each other. Half-written files are removed."""
+    with _explained(folder, "read"):
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for partial in folder.rglob(".[0-9]*.partial"):
+            with suppress(OSError):
+                partial.unlink()
+        yield
+    except BlockingIOError:
+        raise PurifyError(f"{folder}: another command is at work on this folder") from None
+    finally:
+        os.close(handle)
 
 
 @contextmanager

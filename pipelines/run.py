@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from rich.console import Console
 
 from pipelines.config import Config
 from pipelines.context import Context, Workshop, make_fabric
-from pipelines.own import load_own_classifier, load_own_filter
+from pipelines.own import load_own, load_own_classifier, load_own_filter
 from pipelines.stage import RUNS, Plan, StageError, StageFolder, Status, figures, make_plans, weights_of
 from pipelines.stages import STAGES, in_order
 
@@ -46,8 +46,24 @@ def statuses(config: Config) -> dict[str, tuple[StageFolder, Plan, Status]]:
     return found
 
 
-def intention(name: str, folder: StageFolder, plan: Plan, status: Status, force: bool) -> str:
-    """What a run would do with a stage, in words; raises StageError where it would refuse."""
+def intentions(
+    names: Sequence[str], found: Mapping[str, tuple[StageFolder, Plan, Status]], force: bool
+) -> list[tuple[str, str]]:
+    """What a run would do with the stages `names`, in words; raises StageError where it would refuse."""
+    doing = []
+    for name in names:
+        folder, plan, status = found[name]
+        doing.append((name, _intention(name, folder, plan, status, force)))
+        for needed in plan.inputs:
+            if needed not in names and found[needed][2] != "cached":
+                raise StageError(
+                    f"{name} needs {needed}, which is {found[needed][2]} in {folder.run}: first run "
+                    f"`manifold-defense {needed}` or `manifold-defense run {name}`, with the same options"
+                )
+    return doing
+
+
+def _intention(name: str, folder: StageFolder, plan: Plan, status: Status, force: bool) -> str:
     if status == "cached":
         return "cached"
     if status == "stale" and not force:
@@ -78,16 +94,7 @@ def run_stages(
     All refusals come before any work is done.
     """
     before = statuses(config)
-    for name in names:
-        folder, plan, status = before[name]
-        intention(name, folder, plan, status, force)
-        for needed in plan.inputs:
-            if needed not in names and before[needed][2] != "cached":
-                raise StageError(
-                    f"{name} needs {needed}, which is {before[needed][2]}: "
-                    f"run `manifold-defense {needed}` or `manifold-defense run {name}` first"
-                )
-
+    intentions(names, before, force)
     todo = [n for n in names if before[n][2] != "cached" or remake or not STAGES[n].lasts(config)]
     if not todo:
         for name in names:
@@ -98,6 +105,8 @@ def run_stages(
         console.quiet = True
     shop = Workshop(config, fabric, console)
     _try_weights(shop, (before[name][1] for name in todo))
+    if "evaluate" in todo and config.evaluate.classifier:
+        load_own(config.evaluate.classifier, shop.data, torch.device("cpu"))
     with _lock(RUNS / config.run, fabric.is_global_zero):
         for name in names:
             folder, plan, status = before[name]

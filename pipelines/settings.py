@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,15 @@ def _apply(values: dict[str, Any], setting: str) -> None:
         values[last] = text
 
 
+# What pydantic's words for a value of another kind mean to who writes TOML.
+_SHAPES = {
+    "string_type": "text in quotes",
+    "path_type": "text in quotes",
+    "tuple_type": "a list, [...]",
+    "dataclass_type": "a table, {...}",
+}
+
+
 @cache
 def _schema() -> TypeAdapter[Config]:
     """Built when first asked for: it takes longer than all that it then validates."""
@@ -90,10 +99,41 @@ def _schema() -> TypeAdapter[Config]:
 
 def _validate(values: dict[str, Any], source: str) -> Config:
     try:
-        return _schema().validate_python(values)
+        config = _schema().validate_python(_filled(values, Config()))
     except ValidationError as error:
         # All problems of a file at once would be several lines; the first one is where to begin.
         raise ConfigError(f"{source}: {_explain(error.errors()[0])}") from None
+    for key, kind in _truths(values, config):
+        raise ConfigError(f"{source}: {key}: expected {kind}, got a truth value")
+    return config
+
+
+def _filled(values: dict[str, Any], default: Any) -> dict[str, Any]:
+    """A table with what it does not say, as the default configuration has it: a key set changes that key.
+
+    Arrays of tables and tables with a name, which may be of another kind, are those of their own.
+    """
+    known = {item.name: getattr(default, item.name) for item in dataclasses.fields(default)}
+    filled = dict(values)
+    for name, value in known.items():
+        given = values.get(name, value)
+        if isinstance(given, dict) and dataclasses.is_dataclass(value) and "name" not in given:
+            filled[name] = _filled(given, value)
+        else:
+            filled[name] = given
+    return filled
+
+
+def _truths(given: Any, read: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Where true or false stands for a number, and what kind of one is expected: they are no 1 and 0."""
+    if isinstance(given, bool) and not isinstance(read, bool):
+        yield key, type(read).__name__
+    elif isinstance(given, dict) and dataclasses.is_dataclass(read):
+        for name, value in given.items():
+            yield from _truths(value, getattr(read, name), f"{key}.{name}".lstrip("."))
+    elif isinstance(given, list) and isinstance(read, tuple):
+        for i, (value, entry) in enumerate(zip(given, read, strict=True)):
+            yield from _truths(value, entry, f"{key}.{i}")
 
 
 def _explain(problem: Any) -> str:
@@ -107,6 +147,8 @@ def _explain(problem: Any) -> str:
         plain = ".".join(part for part in key.split(".") if not part.isdigit())
         close = difflib.get_close_matches(plain, known_keys(), n=1)
         return f"unknown key {key}" + (f"; did you mean {close[0]}?" if close else "")
+    if problem["type"] in _SHAPES:
+        return f"{key}: expected {_SHAPES[problem['type']]}, got {problem['input']!r}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key}: {message}" if key else message
 

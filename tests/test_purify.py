@@ -1,10 +1,12 @@
 """Purified files: pixels as `filter.project` gives them, every file accounted for, nothing half-written."""
 
 import csv
+import fcntl
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -336,6 +338,43 @@ def test_a_result_in_the_place_of_a_folder_is_refused(rgb: ManifoldFilter, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_the_place_of_the_table_is_kept_free(rgb: ManifoldFilter, tmp_path: Path) -> None:
+    save(tmp_path / "in" / "errors.csv" / "a.png")
+    message = refused(rgb, tmp_path / "in", tmp_path / "out")
+    assert "errors.csv/a.png would stand where the table errors.csv goes" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pipe_is_no_image(rgb: ManifoldFilter, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "neither a file nor a folder" in refused(rgb, tmp_path / "pipe", tmp_path / "out.png")
+
+
+def test_a_folder_that_cannot_be_listed_is_named(
+    rgb: ManifoldFilter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, listed = save_tree(tmp_path / "in"), os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path).name == "cat":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    message = refused(rgb, source, tmp_path / "out")
+    assert message == f"cannot read the folder {source / 'cat'}: Permission denied"
+
+
+def test_linked_folders_are_followed_each_once(rgb: ManifoldFilter, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    save(tmp_path / "elsewhere" / "b.png")
+    save(source / "a.png")
+    (source / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere" / "back").symlink_to(source, target_is_directory=True)
+    assert purify(rgb, source, tmp_path / "out").written == 2
+    assert contents(tmp_path / "out") == ["a.png", "errors.csv", "linked/b.png"]
+
+
 @pytest.mark.parametrize("target", ["in", "in/out", "in/../in/sub", "link/out", "."])
 def test_input_and_output_folder_lie_apart(rgb: ManifoldFilter, tmp_path: Path, target: str) -> None:
     source = save_tree(tmp_path / "in")
@@ -381,6 +420,26 @@ def test_a_folder_that_is_not_empty_needs_force(rgb: ManifoldFilter, tmp_path: P
     assert torch.equal(pixels(target / "a.png"), projected(rgb, pixels(source / "a.png")))
     assert stale[2].read_bytes() == before[2]
     assert [row[0] for row in table(target / "errors.csv")] == ["file", "a.png", "bad.png"]
+
+
+def test_two_commands_do_not_fill_one_folder(rgb: ManifoldFilter, tmp_path: Path) -> None:
+    source, target = save_tree(tmp_path / "in"), tmp_path / "out"
+    target.mkdir()
+    handle = os.open(target, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert "another command is at work on this folder" in refused(rgb, source, target)
+    assert contents(target) == []
+    os.close(handle)
+    assert purify(rgb, source, target).written == len(TREE)
+
+
+def test_what_a_killed_command_left_half_written_is_removed(rgb: ManifoldFilter, tmp_path: Path) -> None:
+    (tmp_path / "out" / "cat").mkdir(parents=True)
+    for name in (".123.partial", "cat/.45.partial", ".mine.partial"):
+        (tmp_path / "out" / name).write_text("half")
+    purify(rgb, save_tree(tmp_path / "in"), tmp_path / "out", force=True)
+    hidden = sorted(path.name for path in (tmp_path / "out").rglob(".*"))
+    assert hidden == [".mine.partial"]
 
 
 def test_an_empty_folder_needs_no_force(rgb: ManifoldFilter, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What a defence is worth: the per-image worst over attacks and views, with checks for masked gradients."""
 
 from manifold_defense.evaluation.checks import CHECKS, examine
-from manifold_defense.evaluation.evaluate import Evaluation, Store, evaluate
+from manifold_defense.evaluation.evaluate import Evaluation, ModelError, Store, evaluate
 from manifold_defense.evaluation.ledger import Row
 from manifold_defense.evaluation.outcome import Outcome, attack_images, in_batches, run_job
 from manifold_defense.evaluation.statistics import wilson
@@ -15,6 +15,7 @@ __all__ = [
     "Defence",
     "Evaluation",
     "Job",
+    "ModelError",
     "Outcome",
     "Row",
     "Store",

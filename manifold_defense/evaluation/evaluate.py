@@ -33,6 +33,10 @@ from manifold_defense.randomised import seeded
 from manifold_defense.types import Classifier, Threat
 
 
+class ModelError(ValueError):
+    """A model that cannot be evaluated; the message names its defence and says what was expected of it."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """All that an evaluation found.
@@ -228,24 +232,24 @@ def evaluate(
 
 @torch.no_grad()
 def _ask(defence: Defence, x: Tensor, y: Tensor) -> None:
-    """Raise ValueError for a model that cannot be evaluated on images x (N, C, H, W), labels y (N,)."""
+    """Raise ModelError for a model that cannot be evaluated on images x (N, C, H, W), labels y (N,)."""
     given, known = x[:2].clone(), int(y.max()) + 1
     with evaluation_mode(defence.model), seeded(defence.model, 0):
         logits = defence.model(given)
     expected = f"{defence.name}: expected float logits (N, K) of {len(given)} images, got"
     if not isinstance(logits, Tensor):
-        raise ValueError(f"{expected} {type(logits).__name__}")
+        raise ModelError(f"{expected} {type(logits).__name__}")
     fits = logits.dim() == 2 and len(logits) == len(given) and logits.shape[1] > 1
     if not fits or not logits.is_floating_point():
-        raise ValueError(f"{expected} {logits.dtype} of shape {tuple(logits.shape)}")
+        raise ModelError(f"{expected} {logits.dtype} of shape {tuple(logits.shape)}")
     if not logits.isfinite().all():
-        raise ValueError(f"{expected} some that are not finite")
+        raise ModelError(f"{expected} some that are not finite")
     if logits.shape[1] < known:
         raise ValueError(
             f"labels: expected below {logits.shape[1]}, the classes of {defence.name}, got {known - 1}"
         )
     if not torch.equal(given, x[:2]):
-        raise ValueError(
+        raise ModelError(
             f"{defence.name}: expected a model that leaves its images alone, it changed them in place"
         )
 

@@ -20,9 +20,15 @@ from manifold_defense.rejection import RejectingClassifier, roc
 from pipelines.board import Strip, predictions, save_figure, strips
 from pipelines.context import Context
 from pipelines.defences import compared, make_defences
+from pipelines.own import blamed_on
 
 
 def run(context: Context) -> dict[str, Any]:
+    with blamed_on(context.config.evaluate.classifier):
+        return _evaluate(context)
+
+
+def _evaluate(context: Context) -> dict[str, Any]:
     config, seed = context.config.evaluate, context.config.seed
     x, y = context.test_images(config.images)
     defences = make_defences(context)

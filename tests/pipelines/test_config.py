@@ -51,6 +51,17 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
         ("gan.images=0", "images: expected at least 1, got 0"),
         ("gan.images=many", "gan.images"),
         ("gan.lr=nan", "lr"),
+        ("gan.lr=inf", "lr: expected above 0 and finite, got inf"),
+        ("encoder.lr=inf", "lr: expected above 0 and finite, got inf"),
+        ("harden.training.lr=inf", "lr: expected above 0 and finite, got inf"),
+        ("evaluate.images=true", "evaluate.images: expected int, got a truth value"),
+        ("seed=true", "seed: expected int, got a truth value"),
+        ("harden.objective.eps=true", "harden.0.objective.eps: expected float, got a truth value"),
+        ("certify.radii_l2=[0.5, true]", "certify.radii_l2.1: expected float, got a truth value"),
+        ("data.root=2024", "data.root: expected text in quotes, got 2024"),
+        ("filter=2024", "filter: expected text in quotes, got 2024"),
+        ("evaluate.threats=linf", "evaluate.threats: expected a list, [...], got 'linf'"),
+        ("project.threat={norm='patch', eps=3}", "threat.norm: expected one of linf, l2, l1, got 'patch'"),
         ("gan.loss=hinge", "gan.loss"),
         ("gan=3", "gan"),
         ("gan", "expected KEY=VALUE"),
@@ -167,6 +178,35 @@ def test_the_default_variant_goes_by_its_name(which):
     assert [variant.objective.eps for variant in config.harden] == [0.2]
     assert replace(config, harden=Config().harden) == Config()
     assert load_config(None, []) == Config()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "projection.strength=0.5",
+        "projection.seed=7",
+        "project.threat.norm=l2",
+        "certify.smoothing.sigma=0.3",
+        "gan.network.latent_dim=9",
+        "encoder.disturbance.steps=9",
+        "evaluate.checks=9",
+        "data.shift=2",
+        "classifier.training.lr=0.5",
+        "harden.objective.eps=0.2",
+    ],
+)
+def test_a_setting_changes_what_it_names_and_nothing_beside(setting, tmp_path):
+    before, after = (to_toml(load_config(None, settings)).splitlines() for settings in ([], [setting]))
+    assert len([pair for pair in zip(before, after, strict=True) if len(set(pair)) == 2]) == 1
+    *tables, last = setting.partition("=")[0].split(".")
+    if tables[0] != "harden":  # an array: what a file says takes the place of all of it
+        file = tmp_path / "one.toml"
+        file.write_text(f"[{'.'.join(tables)}]\n{last} = {_quoted(setting.partition('=')[2])}\n")
+        assert load_config(file) == load_config(None, [setting])
+
+
+def _quoted(value):
+    return f'"{value}"' if value.isalnum() and not value.isdigit() else value
 
 
 def test_settings_that_need_one_another_come_in_any_order():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from manifold_defense.types import Threat
-from pipelines.data import load_data
+from pipelines.data import DataError, load_data
 from pipelines.judging import accuracy, held_out, quick_attack
 from pipelines.settings import load_config
 
@@ -56,6 +56,14 @@ def test_a_model_that_nothing_fools_keeps_all(digits):
     constant[1].weight.data.zero_()
     constant[1].bias.data = torch.arange(10.0)
     assert accuracy(constant, x, torch.full((len(x),), 9), THREATS, steps=2) == 1
+
+
+def test_of_the_fewest_images_one_is_held_out():
+    train = load_data(load_config(None, ["data.train_images=3"]).data).train
+    judged, rest = held_out(train)
+    assert (len(judged.labels), len(rest.labels)) == (1, 2)
+    with pytest.raises(DataError, match="training images: expected at least 2"):
+        held_out(judged)
 
 
 def test_validation_images_are_not_trained_on():

@@ -1,6 +1,7 @@
 """A user's own classifier under the evaluator, with and without a filter."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -63,6 +64,8 @@ def only_without_gradient(x):
 
 
 five = Answers(lambda x: x.flatten(1)[:, :5])
+pairs = Answers(lambda x: x.flatten(1)[:, : 10 if len(x) == 2 else 7])
+lazy = lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
 whole = Answers(lambda x: torch.zeros(len(x), 10, dtype=torch.int64))
 nan = Answers(lambda x: x.flatten(1)[:, :10] * torch.nan)
 several = Answers(lambda x: (x, x))
@@ -198,7 +201,11 @@ module = Model()
     for name, roll in (("mine_crashing", "1"), ("mine_mended", "0")):
         (tmp_path / f"{name}.py").write_text(text.replace("ROLL", roll))
     arguments = ("--run", "crash", "--set", 'evaluate.baselines=["binarise"]')
-    assert "a bug" in str(run("--classifier", "mine_crashing:module", *arguments).exception)
+    crashed = run("--classifier", "mine_crashing:module", *arguments)
+    assert crashed.exit_code == 2
+    assert re.search(
+        r"--classifier mine_crashing:module: \w+: .*a bug.* \(.*mine_crashing.py:\d+\)", crashed.output
+    )
     assert any((tmp_path / "runs" / "crash" / "evaluate.part" / "jobs").iterdir())
     import mine_crashing
 
@@ -230,9 +237,14 @@ def test_the_digest_of_defences_is_of_what_they_answer():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_one_whose_weights_are_lazy_is_made_by_its_first_images(tmp_path):
+    assert run("--classifier", "mine_first:lazy").exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("--classifier", "mine_first:pairs"), "of 8 images it gave (8, 7)"),
         (("--classifier", "mine_first"), "expected package.module:function"),
         (("--classifier", "nowhere:classifier"), "No module named 'nowhere'"),
         (("--classifier", "mine_first:nothing"), "has no attribute 'nothing'"),
@@ -258,11 +270,12 @@ def test_the_digest_of_defences_is_of_what_they_answer():
         (("--classifier", "mine_first:classifier", "--data", "imagenet"), "data.name"),
     ],
 )
-def test_what_does_not_fit_is_one_line_and_usage(arguments, words):
+def test_what_does_not_fit_is_one_line_and_usage(tmp_path, arguments, words):
     result = run(*arguments)
     assert result.exit_code == 2
     assert words in result.output
     assert "Traceback" not in result.output
+    assert not (tmp_path / "runs" / "own" / "evaluate.part").exists() or "pairs" in str(arguments)
 
 
 def test_the_place_is_named(tmp_path):

@@ -152,10 +152,11 @@ def test_force_replaces_what_is_stale_and_what_depends_on_it(run_folder):
 
 def test_a_stage_alone_names_what_it_misses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = invoke("evaluate", *settings())
-    assert result.exit_code == 1
-    assert "evaluate needs train-encoder, which is missing" in result.output
-    assert not (tmp_path / "runs").exists()
+    for dry in ((), ("--dry-run",)):
+        result = invoke("evaluate", "--run", "other", *dry, *settings())
+        assert result.exit_code == 1
+        assert "evaluate needs train-encoder, which is missing in runs/other" in result.output
+        assert not (tmp_path / "runs").exists()
 
 
 def test_dry_run_does_nothing(tmp_path, monkeypatch):
