@@ -13,6 +13,12 @@ COLUMNS = ("defence", "clean", "noise", "unaware", "approximate", "exact", "wors
 MASKED = " (masked)"
 _FEWEST = 10  # images on which checks find what they look for
 _FRONT = ("noise", "unaware", "approximate", "exact")  # the columns of attacks, weak to strong
+_LEGEND = (
+    "unaware: attacks that know the classifier alone. approximate: another gradient in place of the "
+    "defence's own. exact: its own. worst of all: image by image, after those without gradients as well; the "
+    "only figure of robustness. *: trained for this threat. (masked): the figure is too high, gradients are "
+    "hidden or longer attacks break more."
+)
 _NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1", "l0": "L0", "union": "union of all threats"}
 
 
@@ -134,6 +140,7 @@ def print_results(console: Console, metrics: Mapping[str, Any]) -> None:
             masked = line[6].endswith(MASKED)
             shown.add_row(*line[:6], line[6] if masked else f"[bold]{line[6]}[/]", line[7])
         console.print(shown)
+    console.print(_LEGEND, highlight=False)
     for sentence in summary(metrics["rows"], metrics["comparisons"]):
         console.print(sentence, highlight=False, soft_wrap=True)
 
