@@ -13,7 +13,7 @@ from manifold_defense.certification import branching_certificates
 from manifold_defense.evaluation.baselines import Binarise, Preprocessed
 
 MNIST = Path(__file__).parents[1] / "zoo" / "mnist"
-FILTERS = ("filter", "filter-windows", "filter-fitted", "filter-hardened")
+FILTERS = ("filter", "filter-windows", "filter-fitted", "filter-hardened", "filter-union")
 WEIGHTS = sorted(MNIST.glob("*/*.safetensors"))
 
 
@@ -69,6 +69,8 @@ def test_the_filters_have_one_generator_and_an_encoder_each() -> None:
         ("filter-fitted", "undefended", 1.0),
         ("filter-hardened", "undefended", 1.0),
         ("filter-hardened", "classifier", 1.0),
+        ("filter-union", "undefended", 1.0),
+        ("filter-union", "classifier", 1.0),
     ],
 )
 def test_a_classifier_sees_what_the_filter_keeps(before: str, name: str, strength: float) -> None:
