@@ -25,6 +25,7 @@ from manifold_defense.attacks.patch import patch
 from manifold_defense.attacks.pgd import fgsm, pgd
 from manifold_defense.attacks.sparse import pgd_l0, sparse_rs, stroke_search
 from manifold_defense.attacks.square import square
+from manifold_defense.attacks.square_pgd import square_pgd
 from manifold_defense.attacks.window import window_pgd
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "range_attack",
     "sparse_rs",
     "square",
+    "square_pgd",
     "stroke_search",
     "window_pgd",
 ]

@@ -22,6 +22,7 @@ AttackName = Literal[
     "pgd",
     "apgd",
     "window_pgd",
+    "square_pgd",
     "cw",
     "ddn",
     "fmn",
@@ -123,6 +124,7 @@ SPECS: dict[str, Spec] = {
     "pgd": Spec(attacks.pgd, _BALLS, restarts="restarts", losses=(*_LOSSES, "both")),
     "apgd": Spec(attacks.apgd, _BALLS, restarts="restarts", losses=_LOSSES, targets="target_classes"),
     "window_pgd": Spec(attacks.window_pgd, _BALLS, restarts="restarts", losses=("both", "ce", "margin")),
+    "square_pgd": Spec(attacks.square_pgd, _BOTH, restarts="restarts", losses=("both", "ce", "margin")),
     # An image at the boundary of its own model fools no other: ten logits past it.
     "cw": Spec(attacks.cw, ("l2",), restarts="searches", pressing={**_PRESSING, "confidence": 10.0}),
     # The nearest image is what these are for: they cannot press on.

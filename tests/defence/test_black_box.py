@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from manifold_defense.attacks import hop_skip_jump, pgd, sparse_rs, square
+from manifold_defense.attacks import hop_skip_jump, pgd, sparse_rs, square, square_pgd
 from manifold_defense.attacks.norms import sizes
 from manifold_defense.attacks.objective import fooled
 from manifold_defense.attacks.square import _bump, _side
@@ -49,6 +49,23 @@ def test_more_queries_and_restarts_never_lower_the_margin(norm: Any) -> None:
     again = lost(model, run(model, GREY, ONES, steps=5, restarts=4))
     assert (again >= few - 1e-6).all()
     assert again.sum() > few.sum()
+
+
+def test_a_gradient_goes_on_where_queries_stop_short() -> None:
+    """A corner turns bright by steps without a slope, which queries climb; then all pixels must agree."""
+    eps, w = 0.1, torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(2))
+    w[:, :4, :4] = 0.2 * w.abs().mean()
+
+    def model(x: Tensor) -> Tensor:
+        delta = (x - GREY[:1]) / eps
+        steps = (10 * delta[:, :, :4, :4].mean((1, 2, 3))).floor() / 10
+        lead = torch.where(steps > 0.5, (delta * w).sum((1, 2, 3)) / w.abs().sum() - 0.98, steps - 3)
+        return torch.stack([lead, torch.zeros_like(lead)], 1)
+
+    bound: dict[str, Any] = {"model": model, "x": GREY[:1], "y": ONES[:1], "eps": eps}
+    for alone in (partial(square, steps=200), partial(pgd, steps=40, restarts=4, loss="both")):
+        assert not fooled(model(alone(**bound)), ONES[:1], False).any()
+    assert fooled(model(square_pgd(queries=200, **bound)), ONES[:1], False).all()
 
 
 def test_square_starts_with_stripes_of_full_size() -> None:
