@@ -19,6 +19,7 @@ from manifold_defense.hardening import (
     Distillation,
     GradientPenalty,
     IntervalBounds,
+    Mixture,
     Objective,
     Pgd,
     RobustManifold,
@@ -294,3 +295,16 @@ def test_a_union_climbs_the_lead_of_the_nearest_other_class() -> None:
     losses = _union("adversarial", Threat("linf", 0.1))(model, x, y, Step(seed=0))
     furthest = F.kl_div(model(x + 0.1).log_softmax(1), model(x).softmax(1), reduction="none").sum(1)
     torch.testing.assert_close(losses, F.cross_entropy(model(x), y, reduction="none") + 6 * furthest)
+
+
+@pytest.mark.parametrize("kind", [GradientPenalty, Mixture])
+def test_an_objective_of_two_norms_refuses_a_third(kind: Any) -> None:
+    with pytest.raises(ValueError, match=r"norm: expected one of linf, l2, got 'l1'"):
+        kind(norm="l1")
+
+
+def test_bounds_without_a_ramp_wait_for_the_end_of_the_warmup(digits: Any) -> None:
+    x, y = digits[0][:10], digits[1][:10]
+    bounds = IntervalBounds(eps=0.05, warmup=0.5, ramp=0.0)
+    torch.testing.assert_close(losses_of(bounds, x, y, progress=0.4), losses_of(Clean(), x, y))
+    assert (losses_of(bounds, x, y, progress=0.5) > losses_of(Clean(), x, y)).all()
