@@ -6,7 +6,6 @@ Letters of shapes: N images, C channels, S pixels a side.
 from __future__ import annotations
 
 import csv
-import fcntl
 import math
 import os
 import warnings
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from manifold_defense.filter import ManifoldFilter
 from pipelines.data import EXTENSIONS, DataError, NoImagesError, decode_image, image_files, one_line, to_float
+from pipelines.locking import alone
 
 ERRORS = "errors.csv"
 # What JPEG would change is a perturbation of its own, made after the filter.
@@ -147,7 +147,10 @@ def _purify_folder(
         target.mkdir(parents=True, exist_ok=True)
         if not force and any(target.iterdir()):
             raise PurifyError(f"{target}: not empty; --force writes into it")
-    with _alone(target):
+    with alone(target, PurifyError):
+        for partial in target.rglob(".[0-9]*.partial"):  # half-written by a command that was killed
+            with _explained(partial, "removed"):
+                partial.unlink(missing_ok=True)
         return _fill_folder(filter, tasks, target, batch_size, on_progress)
 
 
@@ -273,23 +276,6 @@ def _write(pixels: NDArray[np.uint8], path: Path) -> None:
     image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
     with _whole(path) as partial:
         image.save(partial, format=_LOSSLESS[path.suffix.lower()])
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Two commands at work on one folder would overwrite each other. Half-written files are removed."""
-    with _explained(folder, "read"):
-        handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for partial in folder.rglob(".[0-9]*.partial"):
-            with suppress(OSError):
-                partial.unlink()
-        yield
-    except BlockingIOError:
-        raise PurifyError(f"{folder}: another command is at work on this folder") from None
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from pipelines.config import Config
 from pipelines.context import Context, Workshop, make_fabric
+from pipelines.locking import alone
 from pipelines.own import load_own, load_own_classifier, load_own_filter
 from pipelines.stage import RUNS, Plan, StageError, StageFolder, Status, figures, make_plans, weights_of
 from pipelines.stages import STAGES, in_order
@@ -107,7 +107,9 @@ def run_stages(
     _try_weights(shop, (before[name][1] for name in todo))
     if "evaluate" in todo and config.evaluate.classifier:
         load_own(config.evaluate.classifier, shop.data, torch.device("cpu"))
-    with _lock(RUNS / config.run, fabric.is_global_zero):
+    run = RUNS / config.run
+    run.mkdir(parents=True, exist_ok=True)
+    with alone(run, StageError) if fabric.is_global_zero else nullcontext():
         for name in names:
             folder, plan, status = before[name]
             if name in todo:
@@ -162,18 +164,3 @@ def _run_stage(
         folder.commit(plan, metrics, seconds, devices)
         console.print(", ".join([f"{name}: done in {seconds:.0f} s", *figures(metrics)]), highlight=False)
     fabric.barrier()
-
-
-@contextmanager
-def _lock(folder: Path, main: bool) -> Iterator[None]:
-    """Two commands at work on one run would overwrite each other."""
-    if not main:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StageError(f"{folder}: another command is at work on this run") from None
-        yield

@@ -1,7 +1,6 @@
 """Purified files: pixels as `filter.project` gives them, every file accounted for, nothing half-written."""
 
 import csv
-import fcntl
 import math
 import os
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from gan.networks import Encoder, Generator, NetworkConfig
 from manifold_defense.filter import ManifoldFilter
 from manifold_defense.projection import ProjectionConfig
 from pipelines.data import to_float
+from pipelines.locking import alone
 from pipelines.purify import PurifyError, purify
 
 SIZE = 8
@@ -425,11 +425,9 @@ def test_a_folder_that_is_not_empty_needs_force(rgb: ManifoldFilter, tmp_path: P
 def test_two_commands_do_not_fill_one_folder(rgb: ManifoldFilter, tmp_path: Path) -> None:
     source, target = save_tree(tmp_path / "in"), tmp_path / "out"
     target.mkdir()
-    handle = os.open(target, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    assert "another command is at work on this folder" in refused(rgb, source, target)
-    assert contents(target) == []
-    os.close(handle)
+    with alone(target, RuntimeError):
+        assert f"{target}: another command is at work on it" in refused(rgb, source, target)
+        assert contents(target) == []
     assert purify(rgb, source, target).written == len(TREE)
 
 

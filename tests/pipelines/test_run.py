@@ -15,6 +15,7 @@ from PIL import Image
 from pipelines_support import invoke, rows, settings
 
 from manifold_defense import load_classifier
+from pipelines.locking import alone
 from pipelines.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
@@ -183,14 +184,12 @@ def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
 
 
 def test_two_commands_do_not_work_on_one_run(run_folder):
-    import fcntl
-
     shutil.rmtree(run_folder / "report")
-    with (run_folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with alone(run_folder, RuntimeError):
         result = invoke("report", *settings())
     assert result.exit_code == 1
-    assert "another command is at work" in result.output
+    assert "runs/digits: another command is at work on it" in result.output
+    assert invoke("report", *settings()).exit_code == 0
 
 
 @pytest.mark.parametrize(
