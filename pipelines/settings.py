@@ -134,6 +134,8 @@ def _truths(given: Any, read: Any, key: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(given, list) and isinstance(read, tuple):
         for i, (value, entry) in enumerate(zip(given, read, strict=True)):
             yield from _truths(value, entry, f"{key}.{i}")
+    elif isinstance(given, dict) and isinstance(read, tuple):  # a table that stands for an array of one
+        yield from _truths(given, read[0], key)
 
 
 def _explain(problem: Any) -> str:
