@@ -58,7 +58,10 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
         ("seed=true", "seed: expected int, got a truth value"),
         ("harden.objective.eps=true", "harden.0.objective.eps: expected float, got a truth value"),
         ("certify.radii_l2=[0.5, true]", "certify.radii_l2.1: expected float, got a truth value"),
-        ('harden={objective={name="pgd",eps=true}}', "harden.objective.eps: expected float, got a truth value"),
+        (
+            'harden={objective={name="pgd",eps=true}}',
+            "harden.objective.eps: expected float, got a truth value",
+        ),
         ("data.root=2024", "data.root: expected text in quotes, got 2024"),
         ("filter=2024", "filter: expected text in quotes, got 2024"),
         ("evaluate.threats=linf", "evaluate.threats: expected a list, [...], got 'linf'"),
