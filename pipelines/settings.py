@@ -1,6 +1,6 @@
 """A configuration read from TOML and `--set`, validated with pydantic, and written back.
 
-A file overrides the defaults, `--set key=value` overrides the file.
+A file overrides the defaults or the file that it names as its `base`, `--set key=value` overrides the file.
 """
 
 from __future__ import annotations
@@ -30,13 +30,7 @@ def load_config(file: Path | None = None, settings: Iterable[str] = (), run: str
     """
     values: dict[str, Any] = {}
     if file is not None:
-        try:
-            values = tomllib.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file}: not TOML: {error}") from None
-        _validate(values, str(file))
+        values = _read(file)
     values.setdefault("harden", [{"name": HardenConfig.name}])  # settings may call the default by its name
     fault: ConfigError | None = None
     for setting in settings:
@@ -51,6 +45,37 @@ def load_config(file: Path | None = None, settings: Iterable[str] = (), run: str
     if run is not None:
         values["run"] = run
     return _validate(values, f"--run {run}" if run is not None else "defaults")
+
+
+def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tables of a file over those of its `base`, a file named as seen from its own folder."""
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not TOML: {error}") from None
+    base = values.pop("base", "")
+    if not isinstance(base, str):
+        raise ConfigError(f"{file}: base: expected text in quotes, got {base!r}")
+    if base:
+        above = (*above, file.resolve())
+        if (file.parent / base).resolve() in above:
+            raise ConfigError(f"{file}: base: expected a file that is not built on this one, got {base}")
+        values = _over(_read(file.parent / base, above), values)
+    _validate(values, str(file))
+    return values
+
+
+def _over(below: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Tables key by key; an array of tables, and a table with a name, replace what is below whole."""
+    merged = dict(below)
+    for key, value in values.items():
+        under = below.get(key)
+        if isinstance(value, dict) and isinstance(under, dict) and "name" not in value:
+            value = _over(under, value)
+        merged[key] = value
+    return merged
 
 
 def _apply(values: dict[str, Any], setting: str) -> None:

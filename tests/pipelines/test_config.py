@@ -27,7 +27,7 @@ def test_every_recipe_is_valid_and_names_its_run(recipe):
 
 
 def test_there_is_a_recipe_for_every_data_set():
-    assert {path.stem for path in RECIPES} - {"hardening"} == set(DATASETS)
+    assert {path.stem for path in RECIPES} - {"hardening", "mnist_union"} == set(DATASETS)
 
 
 def test_the_digits_recipe_is_the_default():
@@ -173,6 +173,46 @@ def test_a_bad_file_is_one_line_that_names_it(tmp_path, content, said):
     with pytest.raises(ConfigError, match=said) as caught:
         load_config(file)
     assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_changes_the_keys_of_its_base_and_replaces_its_arrays(tmp_path):
+    (tmp_path / "folder").mkdir()
+    low, middle, top = tmp_path / "low.toml", tmp_path / "folder" / "middle.toml", tmp_path / "top.toml"
+    low.write_text(
+        'run = "low"\ngan = {images = 10, lr = 0.5}\n[[harden]]\nname = "a"\n[[harden]]\nname = "b"\n'
+    )
+    middle.write_text('base = "../low.toml"\n[gan]\nimages = 20\n[gan.network]\nlatent_dim = 3\n')
+    top.write_text('base = "folder/middle.toml"\nrun = "top"\n[[harden]]\nobjective = {name = "trades"}\n')
+    config = load_config(top, ["gan.lr=0.25"])
+    assert (config.run, config.gan.images, config.gan.lr, config.gan.network.latent_dim) == (
+        "top",
+        20,
+        0.25,
+        3,
+    )
+    assert [variant.objective.name for variant in config.harden] == ["trades"]
+    assert [variant.name for variant in load_config(middle).harden] == ["a", "b"]
+    assert load_config(middle).run == "low"
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ('"top.toml"', "top.toml: base: expected a file that is not built on this one"),
+        ('"other.toml"', "other.toml: base: expected a file that is not built on this one"),
+        ('"none.toml"', "none.toml: cannot be read"),
+        ('"bad.toml"', "bad.toml: unknown key gam"),
+        ("3", "top.toml: base: expected text in quotes, got 3"),
+    ],
+)
+def test_a_base_that_cannot_be_is_one_line_that_names_the_file(tmp_path, base, said):
+    top = tmp_path / "top.toml"
+    top.write_text(f"base = {base}\n")
+    (tmp_path / "other.toml").write_text('base = "top.toml"\n')
+    (tmp_path / "bad.toml").write_text("gam = 1\n")
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_config(top)
     assert "\n" not in str(caught.value)
 
 
