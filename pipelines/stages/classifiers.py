@@ -17,7 +17,7 @@ from manifold_defense.filter import ManifoldFilter
 from manifold_defense.hardening import Clean, Objective
 from manifold_defense.hardening.training import TrainingConfig, classifier_state, train_classifier
 from manifold_defense.types import Classifier, Threat
-from pipelines.config import HardenConfig
+from pipelines.config import EncoderStageConfig, HardenConfig
 from pipelines.context import STATE, Context
 from pipelines.data import ImageData, data_digest, to_float
 from pipelines.defences import behind, load_run_filter
@@ -116,7 +116,8 @@ def _fingerprint(context: Context, variant: HardenConfig) -> str:
         if earlier.name in wanted:
             lineage.insert(0, earlier)
             wanted |= {earlier.start, earlier.teacher}
-    config = replace(context.config, harden=tuple(lineage))
+    # The encoder may begin as a variant that is none of these.
+    config = replace(context.config, harden=tuple(lineage), encoder=EncoderStageConfig())
     on_filter = any(member.needs_filter for member in lineage)
     sections = ("seed", "data", "harden", *(("projection",) if on_filter else ()))
     needed = ("train-classifier", *(("train-encoder",) if on_filter else ()))

@@ -176,6 +176,26 @@ def test_an_encoder_begins_as_a_classifier(finished, tmp_path, monkeypatch):
         assert not Path("runs/off").exists()
 
 
+def test_an_encoder_begins_as_the_second_of_two_variants(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exported = finished / "runs" / "digits" / "export"
+    Path("two.toml").write_text(
+        f'filter = "{exported / "filter"}"\n'
+        '[encoder]\nimages = 128\nbody = "second"\nagreement_weight = 0.1\nclassifier = "first"\n'
+        '[[harden]]\nname = "first"\ntraining.images = 128\n'
+        '[[harden]]\nname = "second"\nstart = "first"\ntraining.images = 128\n'
+    )
+    small = settings("run=two", without="harden.")
+    result = invoke("run", "train-encoder", "--config", "two.toml", *small)
+    assert result.exit_code == 0, result.output
+    filter, second = (
+        load_filter(Path("runs/two/train-encoder")),
+        load_classifier(Path("runs/two/harden/second")),
+    )
+    pairs = zip(filter.encoder.body.parameters(), second.body.parameters(), strict=True)
+    assert 0 < max((a - b).abs().max() for a, b in pairs) < 0.1
+
+
 def test_a_variant_starts_from_a_folder(run_folder):
     mine = ImageClassifier((1, 8, 8), 10, ArchitectureConfig(width=4))
     save_classifier(mine, Path("mine"))
