@@ -34,7 +34,7 @@ def pgd(
     always inside the ball and `bounds`. `loss` is what the steps climb: `ce`, `margin`, `dlr`, or `both`,
     which alternates the first two between restarts. `step_size` is that of the first step, in pixels,
     and falls linearly to zero; by default eps: shorter first steps stop at the first flat place, and
-    behind a filter leave up to twice as many images (docs/results.md). With `stop_early` an image
+    behind a filter leave up to twice as many images (docs/results/attacks.md). With `stop_early` an image
     leaves the batch once it clearly fools the model; without, its margin is raised to the end, as a
     transfer attack needs.
     """

@@ -139,8 +139,8 @@ def stroke_search(
     climbs the margin for `steps` gradients, each of which exchanges some of the pixels for those that
     promise most; the best of what it found then meets Sparse-RS of so many `queries`. Pixels drawn one by
     one, as by `pgd_l0` and `sparse_rs`, are noise that a filter takes away; a stroke could belong to a
-    digit. No part alone finds what they find together (docs/results.md). Returns the image of the highest
-    margin found, the clean one included; what pieces find depends on the batch.
+    digit. No part alone finds what they find together (docs/results/attacks.md). Returns the image of the
+    highest margin found, the clean one included; what pieces find depends on the batch.
     """
     count = _pixels(norm, eps)
     if steps < 1 or strokes < 1 or tries < 1 or queries < 1:

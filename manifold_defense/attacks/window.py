@@ -40,7 +40,7 @@ def window_pgd(
     lets it; the first moves of the Square attack are of this kind (Andriushchenko et al. 2020). Spread
     over an image the same length changes no pixel by more than a hardened classifier ignores, and from
     there its gradient leads nowhere: at L2 2.5 PGD leaves most images of one that was hardened at L∞
-    0.3, and this attack nearly none (docs/results.md). Of every four restarts the last two fill the
+    0.3, and this attack nearly none (docs/results/attacks.md). Of every four restarts the last two fill the
     window with a piece of another image of the batch, which breaks what has learnt to undo plain ones;
     what is found so depends on the batch. `step_size` is that of the first step, in
     pixels, and falls linearly to zero; by default 0.3 eps. A restart costs `tries` forward passes and

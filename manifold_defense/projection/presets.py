@@ -1,4 +1,4 @@
-"""Settings that were measured, by name; docs/results.md has their figures."""
+"""Settings that were measured, by name; docs/results/projection.md has their figures."""
 
 from __future__ import annotations
 
