@@ -150,6 +150,11 @@ def _run_stage(
     started = time.perf_counter()
     try:
         metrics = STAGES[name].run(context)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # A full disk, for one: whoever wrote knew no name.
+        raise StageError(f"{folder.part}: {error.strerror or error}") from None
     finally:
         context.close()
         if fabric.is_global_zero:

@@ -84,20 +84,24 @@ def _apply(values: dict[str, Any], setting: str) -> None:
     if not equals or not all(part.strip() for part in key.split(".")):
         raise ConfigError(f"--set {setting}: expected KEY=VALUE, such as gan.images=200_000")
     *tables, last = key.strip().split(".")
+    path = ""
     while tables:
         table = tables.pop(0)
+        path += f"{table}."
         inner = values.setdefault(table, {})
         if isinstance(inner, list) and all(isinstance(entry, dict) for entry in inner):
             # One table of an array goes by its name, or by its number; an only one need not be named.
             chosen = [e for i, e in enumerate(inner) if tables and tables[0] in (e.get("name"), str(i))]
+            names = ", ".join(str(entry.get("name", i)) for i, entry in enumerate(inner))
             if chosen:
                 tables.pop(0)
-            elif len(inner) == 1:
-                chosen = inner
-            else:
-                names = ", ".join(str(entry.get("name", i)) for i, entry in enumerate(inner))
+            elif len(inner) != 1:
                 raise ConfigError(f"--set {setting}: {table} has several tables; expected one of {names}")
-            inner = chosen[0]
+            elif tables and not _is_key(path, tables[0]):
+                raise ConfigError(
+                    f"--set {setting}: {table} has neither table nor key {tables[0]}; its table is {names}"
+                )
+            inner = (chosen or inner)[0]
         if not isinstance(inner, dict):
             raise ConfigError(f"--set {setting}: {table} is not a table")
         values = inner
@@ -105,6 +109,12 @@ def _apply(values: dict[str, Any], setting: str) -> None:
         values[last] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         values[last] = text
+
+
+def _is_key(path: str, name: str) -> bool:
+    """Whether tables at `path`, which ends with a dot, have such a key; True if none of theirs is known."""
+    known = {key.removeprefix(path).split(".")[0] for key in known_keys() if key.startswith(path)}
+    return not known or name in known
 
 
 # What pydantic's words for a value of another kind mean to who writes TOML.

@@ -241,7 +241,10 @@ def figures(metrics: Mapping[str, Any]) -> list[str]:
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    try:
+        partial.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    except OSError as error:  # of a full disk it knows no name
+        raise OSError(error.errno, error.strerror, str(path)) from None
     os.replace(partial, path)
 
 

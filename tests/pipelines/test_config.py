@@ -46,6 +46,7 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
     [
         ("gan.imagess=3", "unknown key gan.imagess; did you mean gan.images?"),
         ("nothing=1", "unknown key nothing"),
+        ("harden.mine.training.images=5", "harden has neither table nor key mine; its table is hardened"),
         (".=3", "expected KEY=VALUE"),
         ("gan.=3", "expected KEY=VALUE"),
         ("gan.images=0", "images: expected at least 1, got 0"),

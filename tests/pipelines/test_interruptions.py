@@ -1,5 +1,6 @@
 """Runs that were stopped, cut short or damaged: what is kept, resumed, refused and named."""
 
+import errno
 import importlib
 import json
 import shutil
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 from pipelines_support import invoke, rows, settings
 from safetensors.torch import load_file
 
@@ -132,6 +134,19 @@ def test_a_damaged_checkpoint_is_named(run_folder):
     assert result.exit_code == 1
     assert "train-gan.part/state.ckpt: damaged checkpoint" in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_full_disk_is_named_and_costs_only_what_came_after_it(run_folder, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    shutil.rmtree(run_folder / "train-gan")
+    with monkeypatch.context() as patch:
+        patch.setattr(Fabric, "save", full)
+        result = invoke("train-gan", *settings())
+    assert result.exit_code == 1
+    assert "train-gan.part: No space left on device" in result.output
+    assert invoke("train-gan", *settings()).exit_code == 0
 
 
 @pytest.mark.parametrize("old_is_left", [True, False])
