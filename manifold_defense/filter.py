@@ -172,18 +172,28 @@ def with_parts(module: _Model, **parts: nn.Module) -> _Model:
 class DefendedClassifier(nn.Module):
     """`classifier(filter(x))`: images (N, C, H, W) in [0, 1] to logits (N, K).
 
-    `view(name)` gives the same model with another gradient, which is all that an attack sees.
+    With a `share` s below 1 the classifier is asked of the image and of its drawing, and what it says of
+    the drawing counts for so much: `log((1 − s) softmax f(x) + s softmax f(filter(x)))`. For a classifier
+    that was hardened and so is worth asking: inside its ball it need not lose by the filter, and outside
+    an attack has to fool it twice. `view(name)` gives the same model with another gradient, which is all
+    that an attack sees. Raises ValueError for a share that is not in (0, 1].
     """
 
-    def __init__(self, filter: ManifoldFilter, classifier: nn.Module) -> None:
+    def __init__(self, filter: ManifoldFilter, classifier: nn.Module, share: float = 1.0) -> None:
         super().__init__()
+        if not 0 < share <= 1:
+            raise ValueError(f"share: expected in (0, 1], got {share}")
         self.filter = filter
         self.classifier = classifier
+        self.share = share
 
     def view(self, name: View) -> Self:
         """This model, sharing all weights, differentiated as `name` says."""
         return with_parts(self, filter=self.filter.seen(name))
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.filter(x))
-        return logits
+        drawn: Tensor = self.classifier(self.filter(x))
+        if self.share == 1:
+            return drawn
+        answers = torch.stack([self.classifier(x), drawn], -1).log_softmax(-2)  # (N, K, 2)
+        return (answers + answers.new_tensor([1 - self.share, self.share]).log()).logsumexp(-1)

@@ -248,6 +248,8 @@ class EvaluateConfig:
 
     mode        standard: an attack meets the images that the cheaper ones before it left; full: all
     baselines   preprocessing in front of the plain classifier, beside the filter
+    mixed       share of what a hardened classifier says of the drawing beside what it says of the image
+                (0: no such defence)
     reject      share of clean images that the filter with a reject option may refuse (0: no such defence)
     random      further starts, drawn anew at every call, of a randomised filter (0: no such defence)
     checks      images on which the signs of masked gradients are looked for (0: none are)
@@ -262,6 +264,7 @@ class EvaluateConfig:
     mode: Literal["standard", "full"] = "standard"
     threats: tuple[Threat, ...] = (Threat("linf", 0.15), Threat("l2", 1.0))
     baselines: tuple[Baseline, ...] = get_args(Baseline)
+    mixed: float = 0.0
     reject: float = 0.05
     random: int = 0
     checks: int = 30
@@ -285,8 +288,9 @@ class EvaluateConfig:
         for name, least in (("images", 0), ("batch_size", 1), ("checks", 0), ("random", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        if not 0 <= self.reject < 1:
-            raise ValueError(f"reject: expected in [0, 1), got {self.reject}")
+        for name in ("mixed", "reject"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected in [0, 1), got {getattr(self, name)}")
         if not self.threats or not self.attacks:
             raise ValueError("expected at least one threat and one attack")
         if self.filter and not self.classifier:

@@ -72,14 +72,16 @@ def compared(config: Config) -> list[tuple[str, str]]:
 
     A variant that was trained behind the filter has the first that was not to beat.
     """
+    kinds = ("filter", "mixed") if config.evaluate.mixed else ("filter",)
     if config.evaluate.classifier:
-        return [("own", "own+filter")] if config.evaluate.filter else []
+        return [("own", f"own+{kind}") for kind in kinds] if config.evaluate.filter else []
     static = next((v.name for v in config.harden if not v.behind), "undefended")
     pairs = [("undefended", "filter")]
     for variant in config.harden:
         if variant.behind in PREPROCESSING:
             continue
-        pairs.append((static if variant.behind else variant.name, f"{variant.name}+filter"))
+        before = static if variant.behind else variant.name
+        pairs += [(before, f"{variant.name}+{kind}") for kind in kinds]
     return pairs
 
 
@@ -101,12 +103,14 @@ def make_defences(context: Context) -> list[Defence]:
     ]
     for variant in context.config.harden:
         hardened = load_classifier(context.inputs["harden"] / variant.name).requires_grad_(False).to(device)
-        defences += _hardened(variant, hardened, filter)
+        defences += _hardened(variant, hardened, filter, context.config.evaluate.mixed)
     return defences
 
 
-def _hardened(variant: HardenConfig, classifier: nn.Module, filter: ManifoldFilter) -> list[Defence]:
-    """The rows of a variant: behind its preprocessing, or bare and behind the filter."""
+def _hardened(
+    variant: HardenConfig, classifier: nn.Module, filter: ManifoldFilter, mixed: float
+) -> list[Defence]:
+    """The rows of a variant: behind its preprocessing, or bare, behind the filter, and both at once."""
     trained = variant.objective.threats
     if variant.behind in PREPROCESSING:
         return [_preprocessed(variant.name, PREPROCESSING[variant.behind](), classifier, trained)]
@@ -114,7 +118,16 @@ def _hardened(variant: HardenConfig, classifier: nn.Module, filter: ManifoldFilt
         # What was trained behind the filter was not trained for the ball without it.
         Defence.bare(variant.name, classifier, () if variant.behind else trained),
         Defence.filtered(f"{variant.name}+filter", DefendedClassifier(filter, classifier), trained),
+        *_mixed(variant.name, filter, classifier, mixed, trained),
     ]
+
+
+def _mixed(
+    name: str, filter: ManifoldFilter, classifier: nn.Module, share: float, trained: tuple[Threat, ...] = ()
+) -> Iterator[Defence]:
+    """The classifier asked of the image and of its drawing, if the latter is to have a share."""
+    if share:
+        yield Defence.filtered(f"{name}+mixed", DefendedClassifier(filter, classifier, share), trained)
 
 
 def _preprocessed(
@@ -131,6 +144,7 @@ def _own_defences(source: str, folder: str, context: Context) -> list[Defence]:
     defences = [Defence.of("own", classifier), *_baselines(context, classifier, filter)]
     if filter is not None:
         defences += _filtered("own+filter", context, classifier, filter)
+        defences += _mixed("own", filter, classifier, context.config.evaluate.mixed)
     return defences
 
 

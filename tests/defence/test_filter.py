@@ -1,5 +1,6 @@
 """The filter as a module: what its views share, what differs, and that none masks by accident."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -72,6 +73,44 @@ def test_a_filter_gives_images_that_a_filter_takes(view: Any) -> None:
     out = filter(images(50).requires_grad_(True))
     check_images(out, (1, 8, 8))
     assert set(out.flatten().tolist()) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize("share", [0.3, 0.75])
+def test_a_classifier_that_is_asked_twice_says_the_mean_of_what_it_says(
+    filter: ManifoldFilter, classifier: nn.Module, share: float
+) -> None:
+    x = images(7)
+    mixed = DefendedClassifier(filter, classifier, share)
+    expected = (1 - share) * classifier(x).softmax(1) + share * classifier(filter(x)).softmax(1)
+    assert torch.allclose(mixed(x).exp(), expected, atol=1e-6)
+    for view in filter.views():
+        assert torch.equal(mixed.view(view)(x), mixed(x))
+    assert torch.equal(DefendedClassifier(filter, classifier, 1.0)(x), classifier(filter(x)))
+
+
+def test_the_gradient_of_one_that_is_asked_twice_has_both_ways(networks: Any, classifier: nn.Module) -> None:
+    """Finite differences in float64, through image and drawing; and it is alive where both are sure."""
+    generator, encoder = (copy.deepcopy(network).double() for network in networks)
+    mixed = DefendedClassifier(ManifoldFilter(generator, encoder, CONFIG), classifier.double(), 0.4)
+    x = images(2).double()
+    found, direction = input_gradient(mixed, x), images(2, seed=1).double() - 0.5
+    ends = [mixed((x + sign * 1e-6 * direction).clamp(0, 1))[:, 0].sum() for sign in (1, -1)]
+    assert torch.allclose((found * direction).sum(), (ends[0] - ends[1]) / 2e-6, rtol=1e-4)
+
+    class Sure(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 60 * torch.stack([x.flatten(1).mean(1), -x.flatten(1).mean(1)], 1)
+
+    sure = DefendedClassifier(ManifoldFilter(*networks, CONFIG), Sure(), 0.4)
+    x = images(3).requires_grad_(True)
+    loss = nn.functional.cross_entropy(sure(x), torch.zeros(3, dtype=torch.long), reduction="sum")
+    assert (torch.autograd.grad(loss, x)[0].flatten(1).abs().amax(1) > 0).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, -0.1, float("nan")])
+def test_a_share_that_is_none_is_refused(filter: ManifoldFilter, classifier: nn.Module, share: float) -> None:
+    with pytest.raises(ValueError, match=r"share: expected in \(0, 1\], got"):
+        DefendedClassifier(filter, classifier, share)
 
 
 def test_the_identity_view_is_the_classifiers_gradient_at_the_projection(

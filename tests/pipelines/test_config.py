@@ -55,6 +55,7 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
         ("gan.lr=inf", "lr: expected above 0 and finite, got inf"),
         ("encoder.lr=inf", "lr: expected above 0 and finite, got inf"),
         ("harden.training.lr=inf", "lr: expected above 0 and finite, got inf"),
+        ("evaluate.mixed=1", "mixed: expected in [0, 1), got 1"),
         ("evaluate.images=true", "evaluate.images: expected int, got a truth value"),
         ("seed=true", "seed: expected int, got a truth value"),
         ("harden.objective.eps=true", "harden.0.objective.eps: expected float, got a truth value"),

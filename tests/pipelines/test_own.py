@@ -136,7 +136,11 @@ def test_one_that_brings_its_preprocessing_is_attacked_in_all_its_views(tmp_path
 def test_behind_a_filter(tmp_path, finished):
     folder = finished / "runs" / "digits" / "export" / "filter"
     # Checks of the filter that draws would take longer than all the rest; tests/defence has them.
-    more = ("--set", "evaluate.random=1", "--set", "evaluate.checks=0")
+    more = (
+        *("--set", "evaluate.random=1"),
+        *("--set", "evaluate.mixed=0.5"),
+        *("--set", "evaluate.checks=0"),
+    )
     result = run("--classifier", "mine_first:classifier", "--filter", folder, "--run", "both", *more)
     assert result.exit_code == 0, result.output
     found = metrics(tmp_path, "both")
@@ -150,6 +154,7 @@ def test_behind_a_filter(tmp_path, finished):
             "own+filter",
             "own+filter+random",
             "own+filter+reject",
+            "own+mixed",
         )
     }
     assert "own+filter" in result.output

@@ -270,6 +270,8 @@ def test_settings_find_their_variant():
     assert [v.name for v in load_config(None, ["harden.name=solo"]).harden] == ["solo"]
     assert load_config(None, ["harden=[]"]).harden == ()
     assert compared(load_config(None, ["harden=[]"])) == [("undefended", "filter")]
+    mixed = [("hardened", "hardened+filter"), ("hardened", "hardened+mixed")]
+    assert compared(load_config(None, ["evaluate.mixed=0.5"])) == [("undefended", "filter"), *mixed]
 
 
 def test_a_variant_more_or_less_is_named(home, tmp_path):
