@@ -248,8 +248,8 @@ class EvaluateConfig:
 
     mode        standard: an attack meets the images that the cheaper ones before it left; full: all
     baselines   preprocessing in front of the plain classifier, beside the filter
-    mixed       share of what a hardened classifier says of the drawing beside what it says of the image
-                (0: no such defence)
+    mixed       share of what a hardened classifier, or your own, says of the drawing beside what it says of
+                the image (0: no such defence)
     reject      share of clean images that the filter with a reject option may refuse (0: no such defence)
     random      further starts, drawn anew at every call, of a randomised filter (0: no such defence)
     checks      images on which the signs of masked gradients are looked for (0: none are)
@@ -264,7 +264,7 @@ class EvaluateConfig:
     mode: Literal["standard", "full"] = "standard"
     threats: tuple[Threat, ...] = (Threat("linf", 0.15), Threat("l2", 1.0))
     baselines: tuple[Baseline, ...] = get_args(Baseline)
-    mixed: float = 0.0
+    mixed: float = 0.4
     reject: float = 0.05
     random: int = 0
     checks: int = 30

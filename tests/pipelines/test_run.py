@@ -34,11 +34,11 @@ def test_every_stage_leaves_its_facts_and_no_scraps(finished):
 def test_the_table_holds_every_cell(finished):
     table = rows(finished / "runs" / "digits")
     defences = ["undefended", "binarise", "noise", "encoder"]
-    defences += ["filter", "filter+reject", "hardened", "hardened+filter"]
+    defences += ["filter", "filter+reject", "hardened", "hardened+filter", "hardened+mixed"]
     assert list(dict.fromkeys(r["defence"] for r in table)) == defences
     for norm, eps in (("linf", 0.15), ("l2", 1.0)):
         gradient = ["fgsm", "pgd"] + (["cw"] if norm == "l2" else [])
-        for defence in ("filter", "hardened+filter"):
+        for defence in ("filter", "hardened+filter", "hardened+mixed"):
             cells = [r for r in table if (r["defence"], r["norm"], r["eps"]) == (defence, norm, eps)]
             transfers = {f"transfer from {other}" for other in defences if other != defence}
             met = {"noise", "square", "worst", *gradient} | transfers
@@ -51,7 +51,7 @@ def test_the_table_holds_every_cell(finished):
     assert {r["defence"] for r in table if r["norm"] == "union"} == set(defences)
     assert all(r["n"] == 20 and r["ci_low"] <= r["robust_accuracy"] <= r["ci_high"] for r in table)
     trained = {(r["defence"], r["norm"]) for r in table if r["trained"]}
-    assert trained == {("hardened", "linf"), ("hardened+filter", "linf")}
+    assert trained == {("hardened", "linf"), ("hardened+filter", "linf"), ("hardened+mixed", "linf")}
 
 
 def test_in_mode_standard_a_row_is_what_is_left_so_far(finished):

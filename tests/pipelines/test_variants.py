@@ -77,7 +77,12 @@ objective = { name = "latent", steps = 1 }
 training = { images = 128 }
 """
 SMALL = settings(without="harden.")
-FAST = ["--set", "evaluate.checks=0", "--set", "evaluate.reject=0", "--set", "evaluate.baselines=[]"]
+FAST = [
+    *("--set", "evaluate.checks=0"),
+    *("--set", "evaluate.reject=0"),
+    *("--set", "evaluate.mixed=0"),
+    *("--set", "evaluate.baselines=[]"),
+]
 
 
 def clean(path):
@@ -270,8 +275,11 @@ def test_settings_find_their_variant():
     assert [v.name for v in load_config(None, ["harden.name=solo"]).harden] == ["solo"]
     assert load_config(None, ["harden=[]"]).harden == ()
     assert compared(load_config(None, ["harden=[]"])) == [("undefended", "filter")]
-    mixed = [("hardened", "hardened+filter"), ("hardened", "hardened+mixed")]
-    assert compared(load_config(None, ["evaluate.mixed=0.5"])) == [("undefended", "filter"), *mixed]
+    assert compared(load_config()) == [
+        ("undefended", "filter"),
+        ("hardened", "hardened+filter"),
+        ("hardened", "hardened+mixed"),
+    ]
 
 
 def test_a_variant_more_or_less_is_named(home, tmp_path):
