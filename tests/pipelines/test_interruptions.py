@@ -136,7 +136,7 @@ def test_a_damaged_checkpoint_is_named(run_folder):
     assert "Traceback" not in result.output
 
 
-def test_a_full_disk_is_named_and_costs_only_what_came_after_it(run_folder, monkeypatch):
+def test_a_full_disk_is_named_and_the_same_command_works_once_there_is_room(run_folder, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
