@@ -26,10 +26,19 @@ SMALL = (
     "evaluate.images=20",
     "evaluate.batch_size=7",
     "evaluate.checks=4",
-    'evaluate.baselines=["binarise","noise","encoder"]',
+    # Not noise: of what draws at each call checks take longest; tests/pipelines/test_own.py has it.
+    'evaluate.baselines=["binarise","encoder"]',
     'evaluate.attacks=[{name="noise",steps=2},{name="fgsm"},{name="pgd",steps=3,loss="both",restarts=2,'
     'views=["unaware","start","identity","tangent","exact"]},'
     '{name="cw",steps=3,restarts=1,views=["exact"]},{name="square",steps=5}]',
+)
+
+# Of an evaluation that is made several times.
+FEWER = (
+    "evaluate.baselines=[]",
+    "evaluate.mixed=0",
+    "evaluate.reject=0",
+    'evaluate.threats=[{norm="linf",eps=0.15}]',
 )
 
 

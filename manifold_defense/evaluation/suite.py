@@ -66,7 +66,9 @@ class Spec(NamedTuple):
     function: Callable[..., Tensor]
     norms: tuple[Norm, ...]
     steps: str | None = "steps"  # the parameter that `AttackConfig.steps` sets
-    restarts: str | None = None  # and `AttackConfig.restarts`
+    restarts: str | None = None  # and `AttackConfig.restarts`, and so on
+    tries: str | None = None
+    queries: str | None = None
     losses: tuple[str, ...] = ()  # that it takes, the default first
     targets: str | None = None  # the parameter that `AttackConfig.targets` sets
     gradient: bool = True
@@ -123,8 +125,12 @@ SPECS: dict[str, Spec] = {
     "mi_fgsm": Spec(attacks.mi_fgsm, _BOTH, losses=_LOSSES),
     "pgd": Spec(attacks.pgd, _BALLS, restarts="restarts", losses=(*_LOSSES, "both")),
     "apgd": Spec(attacks.apgd, _BALLS, restarts="restarts", losses=_LOSSES, targets="target_classes"),
-    "window_pgd": Spec(attacks.window_pgd, _BALLS, restarts="restarts", losses=("both", "ce", "margin")),
-    "square_pgd": Spec(attacks.square_pgd, _BOTH, restarts="restarts", losses=("both", "ce", "margin")),
+    "window_pgd": Spec(
+        attacks.window_pgd, _BALLS, restarts="restarts", tries="tries", losses=("both", "ce", "margin")
+    ),
+    "square_pgd": Spec(
+        attacks.square_pgd, _BOTH, restarts="restarts", queries="queries", losses=("both", "ce", "margin")
+    ),
     # An image at the boundary of its own model fools no other: ten logits past it.
     "cw": Spec(attacks.cw, ("l2",), restarts="searches", pressing={**_PRESSING, "confidence": 10.0}),
     # The nearest image is what these are for: they cannot press on.
@@ -134,7 +140,9 @@ SPECS: dict[str, Spec] = {
     "fab": Spec(attacks.fab, _BALLS, restarts="restarts", targets="target_classes", pressing={}),
     "jsma": Spec(attacks.jsma, ("l0",), None, pressing={}),
     "pgd_l0": Spec(attacks.pgd_l0, ("l0",), restarts="restarts", losses=_TWO_LOSSES),
-    "stroke_search": Spec(attacks.stroke_search, ("l0",), restarts="restarts"),
+    "stroke_search": Spec(
+        attacks.stroke_search, ("l0",), restarts="restarts", tries="tries", queries="queries"
+    ),
     "patch": Spec(attacks.patch, ("patch",), restarts="restarts", losses=_TWO_LOSSES),
     "feature_matching": Spec(attacks.feature_matching, _BOTH, restarts="restarts", knows=_features),
     # Differentiates the classifier behind the generator, whatever the view.
@@ -148,6 +156,8 @@ SPECS: dict[str, Spec] = {
     "corruption": Spec(attacks.corruption, ("corruption",), "draws", gradient=False),
 }
 
+_NUMBERS = ("steps", "restarts", "tries", "queries")  # fields of `AttackConfig` and of `Spec`
+
 
 @dataclass(frozen=True)
 class AttackConfig:
@@ -160,6 +170,8 @@ class AttackConfig:
                each
     targets    of apgd and fab: how many of the most likely wrong classes are aimed at, each in a run of its
                own (0: none, the attack is untargeted)
+    tries      of window_pgd and stroke_search: what is drawn for each start, which is the best of it; and
+    queries    of square_pgd and stroke_search: beside their gradients (0: the attack's own number)
     views      in which a filter is attacked: through a gradient of its own (see `ManifoldFilter`;
                those that it does not have are passed over, unless it has none of those named: then all
                that it has count), or not at all (unaware: the bare classifier is attacked). None
@@ -175,13 +187,15 @@ class AttackConfig:
     restarts: int = 0
     loss: Literal["", "ce", "margin", "dlr", "both"] = ""
     targets: int = 0
+    tries: int = 0
+    queries: int = 0
     views: tuple[ViewName, ...] = ()
 
     def __post_init__(self) -> None:
         if self.name not in SPECS:
             raise ValueError(f"name: expected one of {', '.join(SPECS)}, got {self.name!r}")
         spec = SPECS[self.name]
-        for name in ("steps", "restarts", "targets"):
+        for name in ("targets", *_NUMBERS):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}: expected a whole number of at least 0, got {value!r}")
@@ -221,9 +235,9 @@ class AttackConfig:
         """
         spec = SPECS[self.name]
         found: dict[str, Any] = {"norm": threat.norm, "eps": threat.eps, "seed": seed}
-        for parameter, value in ((spec.steps, self.steps), (spec.restarts, self.restarts)):
-            if parameter and value:
-                found[parameter] = value
+        for name in _NUMBERS:
+            if getattr(self, name):
+                found[getattr(spec, name)] = getattr(self, name)
         if self.loss:
             found["loss"] = self.loss
         if spec.targets:

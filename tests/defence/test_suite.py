@@ -96,8 +96,8 @@ def test_every_attack_of_the_suite_runs_in_its_threats(name: Any, linear: Any, c
     )
     defence = Defence.filtered("inc", model)
     x, y = labelled(model, 4)
-    steps = {"steps": 20 if name == "hop_skip_jump" else 3} if SPECS[name].steps else {}
-    config = AttackConfig(name, **steps)
+    few = {"steps": 20 if name == "hop_skip_jump" else 3, "tries": 5, "queries": 10}
+    config = AttackConfig(name, **{key: few[key] for key in few if getattr(SPECS[name], key)})
     sizes_of = {"l0": 3.0, "patch": 3.0, "corruption": 2.0, "l1": 1.0}
     threats = [Threat(norm, sizes_of.get(norm, 0.1)) for norm in SPECS[name].norms]
     assert all(config.applies_to(threat) for threat in threats)
@@ -158,6 +158,8 @@ def test_an_attack_is_for_its_threats_alone() -> None:
             {"steps": 7, "loss": "dlr", "target_classes": 3},
         ),
         (AttackConfig("fab", targets=9), {"target_classes": 9}),
+        (AttackConfig("window_pgd", tries=9), {"tries": 9}),
+        (AttackConfig("square_pgd", 7, queries=9), {"steps": 7, "queries": 9}),
     ],
 )
 def test_an_attack_is_bound_to_its_threat(config: AttackConfig, keywords: dict[str, Any]) -> None:
@@ -183,6 +185,9 @@ def test_what_a_config_leaves_open_is_the_attack_s_own(name: Any) -> None:
         ("steps", {"steps": 2.5}),
         ("steps of fgsm", {"name": "fgsm", "steps": 100}),
         ("restarts of fgsm", {"name": "fgsm", "restarts": 30}),
+        ("queries of square", {"name": "square", "queries": 30}),
+        ("tries of pgd", {"tries": 30}),
+        ("tries", {"name": "window_pgd", "tries": -1}),
         ("targets", {"targets": -1}),
         ("targets", {"targets": 3}),
         ("loss", {"loss": "mse"}),

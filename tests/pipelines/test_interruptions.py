@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning_fabric import Fabric
-from pipelines_support import invoke, rows, settings
+from pipelines_support import FEWER, invoke, rows, settings
 from safetensors.torch import load_file
 
 from manifold_defense import Threat
@@ -57,6 +57,7 @@ def test_an_interrupted_training_resumes_to_the_same_weights(run_folder, monkeyp
 
 def test_an_interrupted_evaluation_keeps_finished_jobs(run_folder, monkeypatch):
     evaluation = importlib.import_module("manifold_defense.evaluation.evaluate")
+    assert invoke("evaluate", "--force", *settings(*FEWER)).exit_code == 0
     expected = rows(run_folder)
     shutil.rmtree(run_folder / "evaluate")
     run_job, done = evaluation.run_job, []
@@ -70,7 +71,7 @@ def test_an_interrupted_evaluation_keeps_finished_jobs(run_folder, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "run_job", counted)
-        assert invoke("evaluate", *settings()).exit_code == 130
+        assert invoke("evaluate", *settings(*FEWER)).exit_code == 130
     kept = sorted(
         (run_folder / "evaluate.part" / "jobs").glob("*.safetensors"), key=lambda p: p.stat().st_mtime_ns
     )
@@ -82,7 +83,7 @@ def test_an_interrupted_evaluation_keeps_finished_jobs(run_folder, monkeypatch):
         patch.setattr(
             evaluation, "run_job", lambda job, *rest: (again.append(job.name), run_job(job, *rest))[1]
         )
-        assert invoke("evaluate", *settings()).exit_code == 0
+        assert invoke("evaluate", *settings(*FEWER)).exit_code == 0
     assert set(again) & set(done) == {done[1]}
     assert rows(run_folder) == expected
 
