@@ -26,12 +26,12 @@ Disturb = Callable[[Errors, Tensor, int, float, torch.Generator], Tensor]
 
 
 class Meaning(Protocol):
-    """What drawings (N, C, H, W) of some images mean beside the images, (N,) each."""
+    """What drawings of images x' (N, C, H, W each) mean beside what the images x are, (N,)."""
 
-    def apart(self, drawings: Tensor) -> Tensor:
+    def apart(self, images: Tensor, drawings: Tensor) -> Tensor:
         """How far off it is: this training makes small."""
 
-    def lead(self, drawings: Tensor) -> Tensor:
+    def lead(self, images: Tensor, drawings: Tensor) -> Tensor:
         """That of another meaning over theirs: this an attack climbs."""
 
 
@@ -151,11 +151,13 @@ class _Loss:
         """Squared error summed over pixels, and disagreement, (N,) each."""
         drawings = self._generator(self._encoder(images))
         squared = self._squared(drawings)
-        return squared, torch.zeros_like(squared) if self._meaning is None else self._meaning.apart(drawings)
+        return squared, torch.zeros_like(squared) if self._meaning is None else self._meaning.apart(
+            images, drawings
+        )
 
     def climbed(self, images: Tensor) -> Tensor:
         drawings = self._generator(self._encoder(images))
-        return self._squared(drawings) if self._meaning is None else self._meaning.lead(drawings)
+        return self._squared(drawings) if self._meaning is None else self._meaning.lead(images, drawings)
 
     def _squared(self, drawings: Tensor) -> Tensor:
         return (drawings - self._real).square().flatten(1).sum(1)

@@ -196,5 +196,10 @@ class DefendedClassifier(nn.Module):
         drawn: Tensor = self.classifier(self.filter(x))
         if self.share == 1:
             return drawn
-        answers = torch.stack([self.classifier(x), drawn], -1).log_softmax(-2)  # (N, K, 2)
-        return (answers + answers.new_tensor([1 - self.share, self.share]).log()).logsumexp(-1)
+        return both_answers(self.classifier(x), drawn, self.share)
+
+
+def both_answers(image: Tensor, drawing: Tensor, share: float) -> Tensor:
+    """`log((1 − share) softmax(image) + share softmax(drawing))` of logits (N, K) and (N, K)."""
+    answers = torch.stack([image, drawing], -1).log_softmax(-2)  # (N, K, 2)
+    return (answers + answers.new_tensor([1 - share, share]).log()).logsumexp(-1)

@@ -53,10 +53,13 @@ class EncoderStageConfig(EncoderConfig):
                 none of the variants needs the filter; else joint
     classifier  whose answers the drawings are to keep, with an `agreement_weight`: a variant or a folder,
                 or "" for that of stage train-classifier
+    share       what its answer to the drawing counts for beside that to the image, as in `evaluate.mixed`;
+                1: all
     """
 
     body: str = "auto"
     classifier: str = ""
+    share: float = 1.0
     disturbance: Disturbance = field(default_factory=Disturbance)
 
     def __post_init__(self) -> None:
@@ -65,6 +68,10 @@ class EncoderStageConfig(EncoderConfig):
             raise ValueError(
                 f"classifier: expected none without an agreement_weight, got {self.classifier!r}"
             )
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share: expected in (0, 1], got {self.share}")
+        if self.share < 1 and not self.agreement_weight:
+            raise ValueError(f"share: expected 1 without an agreement_weight, got {self.share}")
         _check_pieces(self.disturbance, self.batch_size, "disturbance.pieces")
 
     @property

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from manifold_defense.attacks.objective import margins
+from manifold_defense.filter import both_answers
 from manifold_defense.hardening.objective import divergence
 from manifold_defense.types import Classifier
 
@@ -14,18 +15,24 @@ class Agreement:
     """Of drawings with images x (N, C, H, W), as a classifier f sees both: to train a filter for f.
 
     Needs no labels: f's own answers to x are the measure, right or wrong. As in TRADES (Zhang et al. 2019)
-    the natural output stands beside the robust one; but what is trained is what stands before f.
+    the natural output stands beside the robust one; but what is trained is what stands before f. With a
+    `share` below 1, f(drawing) is the answer to image and drawing, mixed as `DefendedClassifier` does.
     """
 
-    def __init__(self, classifier: Classifier, x: Tensor) -> None:
+    def __init__(self, classifier: Classifier, x: Tensor, *, share: float = 1.0) -> None:
         with torch.no_grad():
             logits = classifier(x)
-        self._classifier, self._meant, self._class = classifier, logits.softmax(1), logits.argmax(1)
+        self._classifier, self._share = classifier, share
+        self._meant, self._class = logits.softmax(1), logits.argmax(1)
 
-    def apart(self, drawings: Tensor) -> Tensor:
-        """`KL(f(x) ‖ f(drawing))` in nats, (N,), for drawings (N, C, H, W)."""
-        return divergence(self._meant, self._classifier(drawings))
+    def apart(self, images: Tensor, drawings: Tensor) -> Tensor:
+        """`KL(f(x) ‖ f(drawing))` in nats, (N,), for images x' and their drawings (N, C, H, W)."""
+        return divergence(self._meant, self._answer(images, drawings))
 
-    def lead(self, drawings: Tensor) -> Tensor:
+    def lead(self, images: Tensor, drawings: Tensor) -> Tensor:
         """That of the best other class over the one that f says of x, in logits, (N,)."""
-        return margins(self._classifier(drawings), self._class, targeted=False)
+        return margins(self._answer(images, drawings), self._class, targeted=False)
+
+    def _answer(self, images: Tensor, drawings: Tensor) -> Tensor:
+        drawn = self._classifier(drawings)
+        return drawn if self._share == 1 else both_answers(self._classifier(images), drawn, self._share)

@@ -63,7 +63,9 @@ def _agreement(context: Context) -> Agree | None:
     config = context.config.encoder
     if not config.agrees:
         return None
-    return partial(Agreement, _classifier(context, config.classifier).requires_grad_(False))
+    return partial(
+        Agreement, _classifier(context, config.classifier).requires_grad_(False), share=config.share
+    )
 
 
 def _classifier(context: Context, name: str) -> ImageClassifier:

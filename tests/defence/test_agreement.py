@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from manifold_defense import DefendedClassifier
 from manifold_defense.hardening.agreement import Agreement
 from tests.defence.attack_table import images, network
 
@@ -23,7 +24,7 @@ class Sum(nn.Module):
 
 def test_disagreement_is_the_divergence_from_what_the_image_means() -> None:
     x = torch.tensor([0.0, math.log(3)]).view(2, 1, 1, 1)  # answers 1/2, 1/2 and 3/4, 1/4
-    apart = Agreement(Sum(), x).apart(x.flip(0))
+    apart = Agreement(Sum(), x).apart(x, x.flip(0))
     expected = [
         0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25),
         0.75 * math.log(1.5) + 0.25 * math.log(0.5),
@@ -34,17 +35,36 @@ def test_disagreement_is_the_divergence_from_what_the_image_means() -> None:
 def test_the_lead_is_of_any_other_class_over_that_of_the_image() -> None:
     """Whatever its label: f says the first of x = 1, the second of x = −1."""
     x = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)
-    lead = Agreement(Sum(), x).lead(torch.tensor([0.25, 0.5]).view(2, 1, 1, 1))
+    lead = Agreement(Sum(), x).lead(x, torch.tensor([0.25, 0.5]).view(2, 1, 1, 1))
     torch.testing.assert_close(lead, torch.tensor([-0.25, 0.5]))
 
 
 def test_what_means_the_same_agrees_and_what_does_not_has_a_gradient() -> None:
     x, model = images(5), network(3).eval().requires_grad_(False)
     agreement = Agreement(model, x)
-    torch.testing.assert_close(agreement.apart(x), torch.zeros(5), atol=1e-6, rtol=0)
-    assert (agreement.lead(x) < 0).all()
+    torch.testing.assert_close(agreement.apart(x, x), torch.zeros(5), atol=1e-6, rtol=0)
+    assert (agreement.lead(x, x) < 0).all()
     drawings = (1 - x).requires_grad_(True)
-    assert (agreement.apart(drawings) > 0).all()
+    assert (agreement.apart(x, drawings) > 0).all()
     for measure in (agreement.apart, agreement.lead):
-        (gradient,) = torch.autograd.grad(measure(drawings).sum(), drawings)
+        (gradient,) = torch.autograd.grad(measure(x, drawings).sum(), drawings)
         assert gradient.flatten(1).any(1).all()
+
+
+def test_with_a_share_the_answer_is_that_of_the_defended_classifier() -> None:
+    """As if the drawings were what a filter makes of the images."""
+
+    class Known(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return drawings
+
+    x, model = images(5), network(3).eval().requires_grad_(False)
+    drawings, attacked = 1 - x, (x + 0.1).clamp(0, 1)
+    answers = DefendedClassifier(Known(), model, share=0.3)(attacked)  # type: ignore[arg-type]
+    agreement, meant = Agreement(model, x, share=0.3), model(x)
+    others = answers.scatter(1, meant.argmax(1, keepdim=True), -torch.inf).max(1).values
+    lead = others - answers.gather(1, meant.argmax(1, keepdim=True))[:, 0]
+    torch.testing.assert_close(agreement.lead(attacked, drawings), lead)
+    apart = (meant.softmax(1) * (meant.log_softmax(1) - answers)).sum(1)
+    torch.testing.assert_close(agreement.apart(attacked, drawings), apart)
+    assert not torch.allclose(lead, Agreement(model, x).lead(attacked, drawings))

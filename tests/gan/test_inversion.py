@@ -100,15 +100,15 @@ class Brightness:
     def __init__(self, x: Tensor) -> None:
         self.x = x
 
-    def apart(self, drawings: Tensor) -> Tensor:
-        return (drawings - self.x).flatten(1).mean(1).square()
+    def apart(self, images: Tensor, drawings: Tensor) -> Tensor:
+        return (images + drawings - 2 * self.x).flatten(1).mean(1).square()
 
-    def lead(self, drawings: Tensor) -> Tensor:
-        return drawings.flatten(1).mean(1)
+    def lead(self, images: Tensor, drawings: Tensor) -> Tensor:
+        return (images + drawings).flatten(1).mean(1)
 
 
 class LeftHalf(Brightness):
-    def apart(self, drawings: Tensor) -> Tensor:
+    def apart(self, images: Tensor, drawings: Tensor) -> Tensor:
         return (drawings - self.x)[..., :4].square().flatten(1).sum(1)
 
 
@@ -125,12 +125,12 @@ def test_drawings_agree_with_what_the_images_mean_under_attack_too(fabric: Fabri
 
     with torch.no_grad():
         drawings = [generator(encoder(x)) for x in (1 - images, images)]
-        apart = [Brightness(images).apart(d) for d in drawings]
+        apart = [Brightness(images).apart(x, d) for x, d in zip((1 - images, images), drawings, strict=True)]
     loop = train_encoder(
         fabric, state, generator, lambda step: images, config, 0, disturb=inverted, agree=Brightness
     )
     metrics = next(loop).metrics
-    torch.testing.assert_close(climbed[0], drawings[0].flatten(1).mean(1))
+    torch.testing.assert_close(climbed[0], (1 - images + drawings[0]).flatten(1).mean(1))
     expected = 0.75 * apart[0].mean() + 0.25 * apart[1].mean()
     torch.testing.assert_close(metrics["disagreement"], expected)
 
@@ -144,7 +144,7 @@ def test_agreement_weighs_by_the_pixel(fabric: Fabric, monkeypatch: pytest.Monke
         config = EncoderConfig(images=16, batch_size=16, agreement_weight=weight)
         state, agree = encoder_state(fabric, encoder, config), Brightness if weight else None
         next(train_encoder(fabric, state, generator, lambda step: images, config, 0, agree=agree))
-    apart = Brightness(images).apart(generator(encoder(images))).mean()
+    apart = Brightness(images).apart(images, generator(encoder(images))).mean()
     torch.testing.assert_close(losses[1] - losses[0], 0.5 * 64 * apart, rtol=1e-3, atol=1e-4)
 
 
@@ -161,7 +161,7 @@ def test_a_weight_on_agreement_makes_drawings_agree(fabric: Fabric) -> None:
         for _ in train_encoder(fabric, state, generator, lambda step, x=images: x, config, 0, agree=agree):
             pass
         with torch.no_grad():
-            apart[weight] = float(LeftHalf(images).apart(generator(state["encoder"](images))).mean())
+            apart[weight] = float(LeftHalf(images).apart(images, generator(state["encoder"](images))).mean())
     assert apart[2.0] < 0.5 * apart[0.0]
 
 

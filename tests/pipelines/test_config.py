@@ -113,6 +113,8 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
         ('harden.objective={name="union", disturbance={step=2}}', "disturbance.step"),
         ("encoder.windows=3", "did you mean encoder.disturbance.windows?"),
         ("encoder.agreement_weight=-1", "agreement_weight: expected at least 0"),
+        ("encoder={agreement_weight=1, share=0}", "share: expected in (0, 1], got 0"),
+        ("encoder.share=0.5", "share: expected 1 without an agreement_weight, got 0.5"),
         ("encoder.classifier=./mine", "classifier: expected none without an agreement_weight"),
         (
             "encoder.body=mine",
