@@ -68,7 +68,10 @@ class EncoderStageConfig(EncoderConfig):
             raise ValueError(
                 f"classifier: expected none without an agreement_weight, got {self.classifier!r}"
             )
-        _check_share(self.share, None if self.agreement_weight else "an agreement_weight")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share: expected in (0, 1], got {self.share}")
+        if self.share < 1 and not self.agreement_weight:
+            raise ValueError(f"share: expected 1 without an agreement_weight, got {self.share}")
         _check_pieces(self.disturbance, self.batch_size, "disturbance.pieces")
 
     @property
@@ -141,8 +144,6 @@ class HardenConfig:
     behind        filter: it is trained behind the filter, attacks going through the exact view;
                   reconstructions: on G(z*) of the training images, made once; or behind a preprocessing.
                   There it stays
-    share         behind the filter, what its answer to the drawing counts for beside that to the image, as in
-                  `evaluate.mixed`; 1: all
     """
 
     __pydantic_config__: ClassVar = _STRICT
@@ -153,7 +154,6 @@ class HardenConfig:
     architecture: ArchitectureConfig | None = None
     teacher: str = ""
     behind: Literal["", "filter", "reconstructions", Preprocessing] = ""
-    share: float = 1.0
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(images=60_000))
 
     def __post_init__(self) -> None:
@@ -169,7 +169,6 @@ class HardenConfig:
             raise ValueError(f"architecture: a variant that starts from {self.start} has that of it")
         if self.teacher and not self.objective.takes_teacher:
             raise ValueError(f"teacher: objective {self.objective.name} asks none")
-        _check_share(self.share, None if self.behind == "filter" else 'behind = "filter"')
         if self.behind == "filter" and self.objective.name in _NOT_BEHIND_FILTER:
             raise ValueError(f"behind: {_NOT_BEHIND_FILTER[self.objective.name]}")
         if self.objective.name == "interval_bounds" and self.behind not in ("", *_MONOTONE):
@@ -223,14 +222,6 @@ class CertifyConfig:
             radii = getattr(self, name)
             if not radii or not all(0 < radius < float("inf") for radius in radii):
                 raise ValueError(f"{name}: expected at least one radius, all above 0, got {radii}")
-
-
-def _check_share(share: float, lacking: str | None) -> None:
-    """In what, if it is not 1, something is needed that may be lacking."""
-    if not 0 < share <= 1:
-        raise ValueError(f"share: expected in (0, 1], got {share}")
-    if share < 1 and lacking:
-        raise ValueError(f"share: expected 1 without {lacking}, got {share}")
 
 
 def _check_pieces(disturbance: Disturbance, batch_size: int, key: str) -> None:

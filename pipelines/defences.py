@@ -57,17 +57,14 @@ PREPROCESSING: dict[str, Callable[[], Preprocess]] = {
 }
 
 
-def behind(place: str, classifier: nn.Module, filter: ManifoldFilter | None, share: float = 1.0) -> nn.Module:
-    """The classifier where a variant is deployed: bare, behind the filter, or behind a preprocessing.
-
-    With a `share` below 1 the filter has so much of the answer, as in `DefendedClassifier`.
-    """
+def behind(place: str, classifier: nn.Module, filter: ManifoldFilter | None) -> nn.Module:
+    """The classifier where a variant is deployed: bare, behind the filter, or behind a preprocessing."""
     if not place:
         return classifier
     if place in PREPROCESSING:
         return Preprocessed(PREPROCESSING[place](), classifier)
     assert filter is not None
-    return DefendedClassifier(filter, classifier, share)
+    return DefendedClassifier(filter, classifier)
 
 
 def compared(config: Config) -> list[tuple[str, str]]:

@@ -148,7 +148,7 @@ def _harden(own: Context, context: Context, variant: HardenConfig) -> dict[str, 
     hardened = load_classifier(own.folder).requires_grad_(False).to(device)
     x, y = context.test_images(500)
     threats = variant.objective.threats or _CUSTOMARY
-    deployed = behind(variant.behind, hardened, filter, variant.share)
+    deployed = behind(variant.behind, hardened, filter)
     proofs = proved(variant.objective, deployed, x, y)
     return {
         **metrics,
@@ -167,7 +167,7 @@ def _train(
     filter: ManifoldFilter | None = None,
     teacher: Classifier | None = None,
 ) -> dict[str, Any]:
-    place, share = (variant.behind, variant.share) if variant else ("", 1.0)
+    place = variant.behind if variant else ""
     state = classifier_state(context.fabric, model, config)
     context.resume(state)
     judged, data = held_out(context.data.train)
@@ -178,10 +178,10 @@ def _train(
 
     def through(model: nn.Module) -> nn.Module:
         # On reconstructions the images are already what the filter makes of them.
-        return model if place == "reconstructions" else behind(place, model, filter, share)
+        return model if place == "reconstructions" else behind(place, model, filter)
 
     def validate(model: nn.Module) -> tuple[float, float]:
-        deployed = behind(place, model, filter, share)
+        deployed = behind(place, model, filter)
         clean = accuracy(deployed, x, y)
         proofs = proved(objective, deployed, x, y)
         if proofs is not None:
@@ -207,7 +207,7 @@ def _train(
     context.fabric.barrier()
     x_test, y_test = context.test_images(0)
     return {
-        "test_accuracy": accuracy(behind(place, best, filter, share), x_test, y_test),
+        "test_accuracy": accuracy(behind(place, best, filter), x_test, y_test),
         "n": len(y_test),
         "validations": [list(validation) for validation in state["validations"]],
     }

@@ -140,8 +140,6 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
             "harden={objective={name='interval_bounds'}, behind='filter'}",
             "behind: interval bounds follow none but binarise",
         ),
-        ("harden.share=0.5", 'share: expected 1 without behind = "filter", got 0.5'),
-        ("harden={behind='filter', share=1.5}", "share: expected in (0, 1], got 1.5"),
         ("harden={objective={name='noise'}, behind='filter'}", "behind: a filter takes images in [0, 1]"),
         ("harden={objective={name='gradient_penalty'}, behind='filter'}", "cannot be differentiated again"),
         ("certify.radii_l2=[]", "radii_l2: expected at least one"),

@@ -30,7 +30,6 @@ training = { images = 640 }
 [[harden]]
 name = "through"
 behind = "filter"
-share = 0.5
 objective = { name = "fast", eps = 0.1, ramp = 0 }  # in full at once: its few steps all depend on it
 training = { images = 128 }
 
@@ -146,24 +145,6 @@ def test_a_training_that_proves_is_judged_by_its_proofs(home):
     best = max(robust for _, _, robust in facts["coarse"]["validations"])
     assert 0 < best < 1
     assert best == pytest.approx(float(proved), abs=1e-6)
-
-
-def test_with_a_share_a_training_meets_image_and_drawing(home, monkeypatch):
-    """Where its attacks, its validations and its accuracy look, the classifier is asked of both."""
-    shutil.rmtree(home / "harden" / "through")
-    shares = []
-    whole = stage.behind
-
-    def noted(place, *rest):
-        model = whole(place, *rest)
-        if place == "filter":
-            shares.append(model.share)
-        return model
-
-    monkeypatch.setattr(stage, "behind", noted)
-    assert invoke("harden", "--force", "--config", "variants.toml", *SMALL).exit_code == 0
-    assert len(shares) >= 4  # in training, at each validation, of all test images, and quickly attacked
-    assert set(shares) == {0.5}
 
 
 def test_what_has_not_changed_is_taken_over(home, tmp_path):
