@@ -13,7 +13,7 @@ from manifold_defense.certification import branching_certificates
 from manifold_defense.evaluation.baselines import Binarise, Preprocessed
 
 MNIST = Path(__file__).parents[1] / "zoo" / "mnist"
-FILTERS = ("filter", "filter-windows", "filter-fitted", "filter-trades", "filter-union")
+FILTERS = ("filter", "filter-windows", "filter-fitted", "filter-trades", "filter-union", "filter-mixed")
 WEIGHTS = sorted(MNIST.glob("*/*.safetensors"))
 
 
