@@ -151,9 +151,9 @@ class _Loss:
         """Squared error summed over pixels, and disagreement, (N,) each."""
         drawings = self._generator(self._encoder(images))
         squared = self._squared(drawings)
-        return squared, torch.zeros_like(squared) if self._meaning is None else self._meaning.apart(
-            images, drawings
-        )
+        if self._meaning is None:
+            return squared, torch.zeros_like(squared)
+        return squared, self._meaning.apart(images, drawings)
 
     def climbed(self, images: Tensor) -> Tensor:
         drawings = self._generator(self._encoder(images))

@@ -134,6 +134,7 @@ def test_drawings_agree_with_the_classifier_of_the_run_or_of_a_folder(finished, 
         ("plain", common),
         ("run", agreeing),
         ("folder", (*agreeing, f"encoder.classifier={exported / 'classifier'}")),
+        ("twice", (*agreeing, f"encoder.classifier={exported / 'classifier'}", "encoder.share=0.5")),
     ):
         result = invoke("run", "train-encoder", *settings(*own, f"run={run}"))
         assert result.exit_code == 0, result.output
@@ -143,6 +144,7 @@ def test_drawings_agree_with_the_classifier_of_the_run_or_of_a_folder(finished, 
     # Made by the same settings, the two classifiers are one.
     assert torch.equal(weights["run"], weights["folder"])
     assert not torch.equal(weights["run"], weights["plain"])
+    assert not torch.equal(weights["run"], weights["twice"])
     result = invoke("run", *settings(*agreeing, "encoder.classifier=./none", "run=off"))
     assert result.exit_code == 1
     assert "none" in result.output
