@@ -17,12 +17,14 @@ exact gradient of the one, at the latents that it finds, in the place of the oth
 it, but it can be afforded. Attacks press on after they fooled what only stands in for the deployed preset.
 With `--beside FILE` each preset is set beside those of an earlier run's JSON as well, of the same images.
 Baselines stand beside the filters. Every row is examined for masked gradients on `--checks` images, and
-says so.
+says so. Hours of it may be stopped: with `--json FILE` finished attacks are kept beside it, in FILE.jobs,
+until all are done, and the same command goes on from there.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -32,6 +34,8 @@ from typing import Any
 import click
 import torch
 from inputs import NAMED_FOLDER, THREAT, benchmark, data_options, folder, json_option, read_images
+from lightning_fabric import Fabric
+from rich.console import Console
 from torch import nn
 
 from manifold_defense import (
@@ -44,6 +48,8 @@ from manifold_defense.evaluation import AttackConfig, Defence, Evaluation, evalu
 from manifold_defense.evaluation.baselines import Binarise, Blur, Jpeg, Preprocess, Preprocessed
 from manifold_defense.evaluation.statistics import paired as sign_test
 from manifold_defense.evaluation.suite import ViewName
+from pipelines.jobs import JobStore, digest_of
+from pipelines.progress import progress_bar
 
 THREATS = ("linf:0.3", "l2:2.5", "l2:1.5", "linf:0.1")
 BASELINES: dict[str, Callable[[], Preprocess]] = {"binarised": Binarise, "jpeg": Jpeg, "blurred": Blur}
@@ -195,6 +201,8 @@ def main(
     for name in (*instead, *instead.values()):
         if name not in PRESETS:
             raise click.UsageError(f"--proxy: expected PRESET=PRESET of {', '.join(PRESETS)}, got {name!r}")
+    fabric, console = Fabric(accelerator="cpu", devices=1), Console(stderr=True)
+    kept = output.with_name(f"{output.name}.jobs") if output is not None else None
     earlier = json.loads(beside.read_text(encoding="utf-8"))["rows"] if beside else []
     read = read_images(data, settings, images)
     filter, x, y = read.filter(filter_folder), read.x, read.y
@@ -205,15 +213,20 @@ def main(
         defences = make_defences(model, filter, presets, instead, baselines)
         for threat in threats:
             started = time.perf_counter()
-            evaluation = evaluate(
-                defences,
-                make_attacks(steps, approximate_steps, restarts, queries),
-                [threat],
-                x,
-                y,
-                checks=checks,
-                compute=in_batches(batch),
-            )
+            store = JobStore(kept, fabric, digest_of(defences, x[:2])) if kept is not None else None
+            title = f"{label} {threat.norm}:{threat.eps:g}"
+            with progress_bar(title, 0, "jobs", console, shown=console.is_terminal) as advance:
+                evaluation = evaluate(
+                    defences,
+                    make_attacks(steps, approximate_steps, restarts, queries),
+                    [threat],
+                    x,
+                    y,
+                    checks=checks,
+                    compute=in_batches(batch),
+                    store=store,
+                    on_progress=advance,
+                )
             click.echo(f"{label}, {threat.norm}:{threat.eps:g}: {time.perf_counter() - started:.0f} s")
             for defence in defences:
                 cell = {"classifier": label, **line(evaluation, defence.name, threat)}
@@ -244,6 +257,8 @@ def main(
                     "paired": paired,
                 }
                 output.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    if kept is not None:
+        shutil.rmtree(kept)
 
 
 if __name__ == "__main__":

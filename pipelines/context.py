@@ -13,22 +13,13 @@ from typing import Any, Protocol
 import torch
 from lightning_fabric import Fabric
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from gan.sampling import batch_indices, step_rng
 from pipelines.config import Config, FabricConfig
 from pipelines.data import Dataset, ImageData, augment, load_data, one_line, subset, to_float
+from pipelines.progress import progress_bar
 from pipelines.settings import ConfigError
 from pipelines.stage import StageError
 
@@ -239,30 +230,9 @@ class Context:
     @contextmanager
     def progress(self, total: int, unit: str = "img") -> Iterator[Callable[..., None]]:
         """A bar with rate and time left; yields a function that is told how much is done (of what)."""
-        with Progress(
-            TextColumn("{task.description:<17}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            _Rate(unit),
-            TimeRemainingColumn(),
-            console=self.shop.console,
-            transient=True,
-            disable=not (self.main and self.shop.console.is_terminal),
-        ) as bar:
-            task = bar.add_task(self.stage, total=total)
-            yield lambda done, of=total: bar.update(task, completed=min(done, of), total=of)
-
-
-class _Rate(ProgressColumn):
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self.unit = unit
-
-    def render(self, task: Task) -> Text:
-        speed = task.speed
-        return Text(
-            f"{speed:,.0f} {self.unit}/s" if speed else f"- {self.unit}/s", style="progress.data.speed"
-        )
+        shown = self.main and self.shop.console.is_terminal
+        with progress_bar(self.stage, total, unit, self.shop.console, shown=shown) as advance:
+            yield advance
 
 
 def _crossed(before: int, now: int, total: int, times: int) -> bool:

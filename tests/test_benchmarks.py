@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
+from gan import Encoder, Generator
 from gan.optimisation import seeded
-from manifold_defense.artifact import save_classifier
+from manifold_defense import ManifoldFilter
+from manifold_defense.artifact import save_classifier, save_filter
 from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
+from manifold_defense.evaluation import Job, Outcome
 
 ROOT = Path(__file__).parents[1]
 ZOO = ROOT / "zoo" / "mnist"
@@ -123,6 +128,61 @@ def test_proofs_go_on_where_they_stopped(
     assert part.read_text() == before
     part.write_text("[]")
     assert "no result of this command" in error_of(run("proofs", *given, "--json", part))
+
+
+def test_robustness_goes_on_where_it_stopped(
+    run: Callable[..., Result],
+    networks: tuple[Generator, Encoder],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save_filter(ManifoldFilter(*networks), tmp_path / "filter")
+    config = ArchitectureConfig("shallow", width=2)
+    save_classifier(seeded(0, lambda: ImageClassifier((1, 8, 8), 10, config)), tmp_path / "own")
+    given: list[object] = ["--filter", tmp_path / "filter", "--classifier", f"own={tmp_path / 'own'}"]
+    given += ["--data", "digits", "--threat", "linf:0.1", "--images", 40, "--preset", "robust"]
+    given += ["--preset", "fast", "--steps", 1, "--approximate-steps", 1, "--restarts", 1, "--queries", 0]
+    given += ["--checks", 0, "--no-baselines"]
+    whole, part = tmp_path / "whole.json", tmp_path / "part.json"
+    done = run("robustness", *given, "--json", whole)
+    assert done.exit_code == 0, done.output
+    facts = json.loads(whole.read_text())
+    assert [(row["preset"], row["norm"], len(row["alive"])) for row in facts["rows"]] == [
+        ("robust", "linf", 40),
+        ("fast", "linf", 40),
+    ]
+    assert [(pair["before"], pair["after"]) for pair in facts["paired"]] == [("robust", "fast")]
+
+    module = import_module("manifold_defense.evaluation.evaluate")
+    run_job = module.run_job
+    met: list[str] = []
+
+    def stopped(job: Job, *rest: Any) -> Outcome:
+        if len(met) == 4:
+            raise KeyboardInterrupt
+        met.append(job.name)
+        outcome: Outcome = run_job(job, *rest)
+        return outcome
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "run_job", stopped)
+        assert run("robustness", *given, "--json", part).exit_code == 130
+    assert not part.exists()
+    assert len(list((tmp_path / "part.json.jobs").iterdir())) == 4
+    again: list[str] = []
+
+    def noted(job: Job, *rest: Any) -> Outcome:
+        again.append(job.name)
+        outcome: Outcome = run_job(job, *rest)
+        return outcome
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "run_job", noted)
+        assert run("robustness", *given, "--json", part).exit_code == 0
+    assert again
+    assert not set(again) & set(met)
+    assert json.loads(part.read_text()) == facts
+    assert not (tmp_path / "part.json.jobs").exists()
 
 
 @pytest.mark.parametrize("name", GIVEN)

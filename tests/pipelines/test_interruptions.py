@@ -16,8 +16,8 @@ from manifold_defense import Threat
 from manifold_defense.evaluation import AttackConfig, Defence
 from manifold_defense.evaluation.outcome import Job, Outcome
 from pipelines.context import Context, InterruptionError
+from pipelines.jobs import JobStore
 from pipelines.stages import STAGES
-from pipelines.stages.evaluate import _Store
 
 
 @pytest.mark.parametrize("stage", ["train-gan", "train-encoder", "harden"])
@@ -96,7 +96,7 @@ def test_processes_that_see_other_files_agree_on_what_is_done(tmp_path):
     told = []
 
     def process(folder, rank, broadcast):
-        return _Store(folder, SimpleNamespace(is_global_zero=rank == 0, broadcast=broadcast), "digest")
+        return JobStore(folder, SimpleNamespace(is_global_zero=rank == 0, broadcast=broadcast), "digest")
 
     first = process(tmp_path / "first", 0, lambda value: (told.append(value), value)[1])
     first.put(job, outcome)

@@ -9,7 +9,7 @@ from pipelines_support import invoke
 from torch import nn
 
 from manifold_defense.evaluation import Defence
-from pipelines.stages.evaluate import _digest
+from pipelines.jobs import digest_of
 
 MODULE = """
 import torch
@@ -233,12 +233,12 @@ def test_the_digest_of_defences_is_of_what_they_answer():
     state = torch.random.get_rng_state()
     found = {}
     for models in ((Turned(0),), (Turned(1),), (Turned(0, 0.1),), (Turned(0), Turned(0))):
-        twice = [_digest([Defence.bare(str(i), m) for i, m in enumerate(models)], x) for _ in range(2)]
+        twice = [digest_of([Defence.bare(str(i), m) for i, m in enumerate(models)], x) for _ in range(2)]
         assert twice[0] == twice[1]
         found[models] = twice[0]
     assert len(set(found.values())) == 4
     # What a GPU rounds otherwise from call to call is the same model.
-    assert _digest([Defence.bare("0", Turned(0, 1e-8))], x) in found.values()
+    assert digest_of([Defence.bare("0", Turned(0, 1e-8))], x) in found.values()
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
