@@ -155,29 +155,26 @@ def test_robustness_goes_on_where_it_stopped(
 
     module = import_module("manifold_defense.evaluation.evaluate")
     run_job = module.run_job
+
+    def noting(names: list[str], limit: int = 1000) -> Callable[..., Outcome]:
+        def noted(job: Job, *rest: Any) -> Outcome:
+            if len(names) == limit:
+                raise KeyboardInterrupt
+            names.append(job.name)
+            outcome: Outcome = run_job(job, *rest)
+            return outcome
+
+        return noted
+
     met: list[str] = []
-
-    def stopped(job: Job, *rest: Any) -> Outcome:
-        if len(met) == 4:
-            raise KeyboardInterrupt
-        met.append(job.name)
-        outcome: Outcome = run_job(job, *rest)
-        return outcome
-
+    again: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr(module, "run_job", stopped)
+        patch.setattr(module, "run_job", noting(met, limit=4))
         assert run("robustness", *given, "--json", part).exit_code == 130
     assert not part.exists()
     assert len(list((tmp_path / "part.json.jobs").iterdir())) == 4
-    again: list[str] = []
-
-    def noted(job: Job, *rest: Any) -> Outcome:
-        again.append(job.name)
-        outcome: Outcome = run_job(job, *rest)
-        return outcome
-
     with monkeypatch.context() as patch:
-        patch.setattr(module, "run_job", noted)
+        patch.setattr(module, "run_job", noting(again))
         assert run("robustness", *given, "--json", part).exit_code == 0
     assert again
     assert not set(again) & set(met)
