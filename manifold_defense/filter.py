@@ -174,8 +174,8 @@ class DefendedClassifier(nn.Module):
 
     With a `share` s below 1 the classifier is asked of the image and of its drawing, and what it says of
     the drawing counts for so much: `log((1 − s) softmax f(x) + s softmax f(filter(x)))`. For a classifier
-    that was hardened and so is worth asking: inside its ball it loses little by the filter then, and
-    outside an attack has to fool it twice. Raises ValueError for a share that is not in (0, 1].
+    that was hardened and so is worth asking: inside its ball it loses less by the filter then, and
+    outside it gains less. Raises ValueError for a share that is not in (0, 1].
 
     `view(name)` gives the same model with another gradient, which is all that an attack sees.
     """

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import nn
 
-from manifold_defense import DefendedClassifier
+from gan import Encoder, Generator
+from manifold_defense import DefendedClassifier, ManifoldFilter
 from manifold_defense.hardening.agreement import Agreement
 from tests.defence.attack_table import images, network
 
@@ -51,16 +52,14 @@ def test_what_means_the_same_agrees_and_what_does_not_has_a_gradient() -> None:
         assert gradient.flatten(1).any(1).all()
 
 
-def test_with_a_share_the_answer_is_that_of_the_defended_classifier() -> None:
-    """As if the drawings were what a filter makes of the images."""
-
-    class Known(nn.Module):
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return drawings
-
+def test_with_a_share_the_answer_is_that_of_the_defended_classifier(
+    networks: tuple[Generator, Encoder],
+) -> None:
     x, model = images(5), network(3).eval().requires_grad_(False)
-    drawings, attacked = 1 - x, (x + 0.1).clamp(0, 1)
-    answers = DefendedClassifier(Known(), model, share=0.3)(attacked)  # type: ignore[arg-type]
+    filter = ManifoldFilter(*networks).requires_grad_(False)
+    attacked = (x + 0.1).clamp(0, 1)
+    drawings = filter(attacked)
+    answers = DefendedClassifier(filter, model, share=0.3)(attacked)
     agreement, meant = Agreement(model, x, share=0.3), model(x)
     others = answers.scatter(1, meant.argmax(1, keepdim=True), -torch.inf).max(1).values
     lead = others - answers.gather(1, meant.argmax(1, keepdim=True))[:, 0]
