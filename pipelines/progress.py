@@ -44,6 +44,10 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.speed
-        return Text(
-            f"{speed:,.0f} {self.unit}/s" if speed else f"- {self.unit}/s", style="progress.data.speed"
-        )
+        if not speed:
+            text = f"- {self.unit}/s"
+        elif speed < 1:
+            text = f"{60 * speed:,.1f} {self.unit}/min"
+        else:
+            text = f"{speed:,.0f} {self.unit}/s"
+        return Text(text, style="progress.data.speed")
