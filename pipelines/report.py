@@ -10,14 +10,15 @@ from rich.table import Table
 
 Rows = Sequence[Mapping[str, Any]]
 COLUMNS = ("defence", "clean", "noise", "unaware", "approximate", "exact", "worst of all", "95 % interval")
-MASKED = " (masked)"
+MASKED, AT_MOST = " (masked)", "≤ "
 _FEWEST = 10  # images on which checks find what they look for
 _FRONT = ("noise", "unaware", "approximate", "exact")  # the columns of attacks, weak to strong
 _LEGEND = (
     "unaware: attacks that know the classifier alone. approximate: another gradient in place of the "
     "defence's own. exact: its own. worst of all: image by image, after those without gradients as well; the "
-    "only figure of robustness. *: trained for this threat. (masked): the figure is too high, gradients are "
-    "hidden or longer attacks break more."
+    "only figure of robustness. *: trained for this threat. ≤: the last that was tried still broke some, and "
+    "more of the same may. (masked): the figure is too high, gradients are hidden or longer attacks break "
+    "many more."
 )
 _NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1", "l0": "L0", "union": "union of all threats"}
 
@@ -63,9 +64,15 @@ def _line(defence: str, clean: Mapping[str, Any], rows: Rows) -> tuple[str, ...]
         f"{defence}{' *' if worst['trained'] else ''}",
         percent(clean["robust_accuracy"]),
         *(lowest(column) for column in _FRONT),
-        f"{percent(worst['robust_accuracy'])}{MASKED if worst['masked'] else ''}",
+        _figure(worst),
         f"{percent(worst['ci_low'])} – {percent(worst['ci_high'])}",
     )
+
+
+def _figure(worst: Mapping[str, Any]) -> str:
+    """`12.5 %`, `≤ 12.5 %` for one that has not settled, `≤ 12.5 % (masked)`."""
+    bound = "" if worst["settled"] else AT_MOST
+    return f"{bound}{percent(worst['robust_accuracy'])}{MASKED if worst['masked'] else ''}"
 
 
 def _column(row: Mapping[str, Any]) -> str:
@@ -85,8 +92,8 @@ def summary(rows: Rows, comparisons: Rows) -> list[str]:
         threat = (found["norm"], found["eps"])
         before, after = by_key[found["before"], *threat], by_key[found["after"], *threat]
         parts.setdefault(_threat(*threat), []).append(
-            f"{found['before']} {percent(before['robust_accuracy'])} → {found['after']} "
-            f"{percent(after['robust_accuracy'])} ({_verdict(before, after, found)})"
+            f"{found['before']} {_figure(before)} → {found['after']} {_figure(after)} "
+            f"({_verdict(before, after, found)})"
         )
     return [f"{threat}, worst of all attacks and views: " + "; ".join(own) for threat, own in parts.items()]
 

@@ -23,7 +23,6 @@ from torch import Tensor
 from manifold_defense.attacks.objective import evaluation_mode
 from manifold_defense.evaluation.checks import BALLS, CHECKS, OF_THREAT, convergence, examine
 from manifold_defense.evaluation.ledger import UNION, Ledger, Mode, Row
-from manifold_defense.evaluation.meter import COSTS
 from manifold_defense.evaluation.outcome import Compute, Outcome, held, in_batches, judged, run_job
 from manifold_defense.evaluation.statistics import paired
 from manifold_defense.evaluation.subject import Check
@@ -190,14 +189,14 @@ def evaluate(
 
         def tried(at: Tensor, seed: int, job: Job = job, pool: Mapping[int, Tensor] = pool) -> Outcome:
             x_adv = torch.stack([pool[i] for i in at.tolist()]).to(x)
-            return judged(job, x[at], y[at], x_adv, seed, (0.0,) * len(COSTS))
+            return judged(job, x[at], y[at], x_adv, seed)
 
         meet(job, torch.tensor(list(pool), dtype=torch.long), tried)
 
     def checked(job: Job, at: Tensor, x_adv: Tensor) -> None:
         """What a check broke is broken."""
         x_adv = held(job, x[at], x_adv)
-        enter(job, judged(job, x[at], y[at], x_adv, seed, (0.0,) * len(COSTS))._replace(met=at))
+        enter(job, judged(job, x[at], y[at], x_adv, seed)._replace(met=at))
 
     found: list[Check] = []
     for done, (defence, threat) in enumerate(examined, 1):

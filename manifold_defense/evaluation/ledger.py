@@ -12,7 +12,7 @@ from torch import Tensor
 from manifold_defense.evaluation.meter import COSTS
 from manifold_defense.evaluation.outcome import Outcome
 from manifold_defense.evaluation.statistics import wilson
-from manifold_defense.evaluation.suite import Defence, Job
+from manifold_defense.evaluation.suite import CHECKED, Defence, Job
 from manifold_defense.types import Threat
 
 WORST, UNION = "worst", "union"
@@ -28,6 +28,8 @@ class Row:
                      left, in mode full what it alone left
     trained          whether the defence was trained for this threat
     masked           whether a check found that the figure is no robustness figure
+    settled          whether nothing was still found at the end: by the last of an attack's rounds, or by the
+                     checks; more of the same may lower a figure that has not
     forward …        cost of the attack for all images together
     """
 
@@ -42,6 +44,7 @@ class Row:
     ci_high: float
     trained: bool = False
     masked: bool = False
+    settled: bool = True
     forward: float = 0.0
     backward: float = 0.0
     generator: float = 0.0
@@ -59,6 +62,7 @@ class Ledger:
         self.worst: dict[tuple[str, Threat], Tensor] = {}  # (N,) scores
         self.broken: dict[tuple[str, Threat], dict[int, Tensor]] = {}  # image -> what broke it first
         self.rows: list[Row] = []
+        self._unsettled = set[tuple[str, Threat]]()
 
     def left(self, job: Job) -> Tensor:
         """Which images (M,) the job is to meet: those right when clean, or still right."""
@@ -77,8 +81,11 @@ class Ledger:
             self.clean[name] = outcome.score
             self._add(job, outcome.score, outcome)
             return
-        alone = _lowered(self._before(job), outcome)
-        self.worst[name, job.threat] = _lowered(self._scores(job), outcome)
+        alone, before = _lowered(self._before(job), outcome), self._scores(job)
+        at_the_end = outcome.score == 0 if job.view == CHECKED else outcome.late
+        if (at_the_end & (before[outcome.met] > 0)).any():
+            self._unsettled.add((name, job.threat))
+        self.worst[name, job.threat] = _lowered(before, outcome)
         known = self.broken.setdefault((name, job.threat), {})
         for i, image in zip(outcome.broken.tolist(), outcome.adversarial, strict=True):
             known.setdefault(i, image)
@@ -89,10 +96,12 @@ class Ledger:
         for defence in defences:
             own = {threat: score for (name, threat), score in self.worst.items() if name == defence.name}
             for threat, score in own.items():
-                yield _row(defence, WORST, "all", score, threat)
+                settled = (defence.name, threat) not in self._unsettled
+                yield replace(_row(defence, WORST, "all", score, threat), settled=settled)
             if len(own) > 1:
                 union = torch.stack(list(own.values())).amin(0)
-                yield replace(_row(defence, WORST, "all", union), norm=UNION)
+                settled = not any((defence.name, threat) in self._unsettled for threat in own)
+                yield replace(_row(defence, WORST, "all", union), norm=UNION, settled=settled)
 
     def _add(self, job: Job, score: Tensor, outcome: Outcome) -> None:
         cost = dict(zip(COSTS, outcome.cost.sum(0).tolist(), strict=True))

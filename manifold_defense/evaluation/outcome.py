@@ -15,6 +15,8 @@ from manifold_defense.evaluation.suite import NO_GRADIENT, Defence, Job
 from manifold_defense.randomised import seeded
 from manifold_defense.rejection import defended
 
+_ROUND_SEEDS = 1_000_003  # between rounds: further apart than any chunks of one
+
 
 class Outcome(NamedTuple):
     """What became of the images that a job met."""
@@ -24,6 +26,7 @@ class Outcome(NamedTuple):
     score: Tensor  # (M,) share of the draws in which the deployed model was right: 0 or 1 unless it draws
     size: Tensor  # (M,) of the perturbation, in the unit of the threat (0 if clean)
     cost: Tensor  # (M, 3) of the attack: images passed forward, backward, and drawn by the generator
+    late: Tensor  # (M,) bool, broken in the last of several rounds: the attack has not settled
     adversarial: Tensor  # (B, C, H, W), the images of score 0, in order
 
     @property
@@ -36,7 +39,7 @@ class Outcome(NamedTuple):
         """Of a job that met none of the images (N, C, H, W)."""
         none = torch.zeros(0, dtype=torch.long)
         cost = torch.zeros(0, len(COSTS))
-        return cls(none, none, none.float(), none.float(), cost, x[:0].detach().cpu())
+        return cls(none, none, none.float(), none.float(), cost, none.bool(), x[:0].detach().cpu())
 
 
 Compute = Callable[[Callable[[int, slice], tuple[Tensor, ...]], int], tuple[Tensor, ...]]
@@ -99,17 +102,50 @@ def judge(defence: Defence, x: Tensor, y: Tensor, *, attacked: bool, seed: int) 
 
 @torch.no_grad()
 def run_job(job: Job, x: Tensor, y: Tensor, seed: int) -> Outcome:
-    """Attack images (N, C, H, W) with labels (N,) and judge the result by the deployed model."""
+    """Attack images (N, C, H, W) with labels (N,) and judge the result by the deployed model.
+
+    Round after round, if the attack has some, on what the rounds before it did not break.
+    """
     meter = Meter(job.defence.model)
-    with meter:
-        x_adv = attack_images(job, x, y, seed, meter)
-    return judged(job, x, y, x_adv, seed, meter.counts)
+    rounds = job.attack.rounds if job.attack else 1
+    x_adv, prediction, score = x.clone(), y.clone(), torch.full((len(x),), torch.inf, device=x.device)
+    left = torch.arange(len(x), device=x.device)
+    for turn in range(rounds):
+        drawn = seed + turn * _ROUND_SEEDS
+        with meter:
+            tried = attack_images(job, x[left], y[left], drawn, meter)
+        answer, reached = _verdict(job, tried, y[left], drawn)
+        lower = reached < score[left]
+        at = left[lower]
+        x_adv[at], prediction[at], score[at] = tried[lower], answer[lower], reached[lower]
+        broken, left = left[reached == 0], left[reached > 0]
+        if len(broken) == 0 or len(left) == 0:
+            break
+    late = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    late[broken] = 0 < turn == rounds - 1
+    return _outcome(job, x, x_adv, prediction, score, meter.counts, late)
 
 
-def judged(job: Job, x: Tensor, y: Tensor, x_adv: Tensor, seed: int, costs: tuple[float, ...]) -> Outcome:
-    """The verdict of the job's defence on `x_adv` (N, C, H, W), which cost `costs` to make of x."""
-    prediction, score = judge(job.defence, x_adv, y, attacked=job.threat is not None, seed=seed)
+def judged(job: Job, x: Tensor, y: Tensor, x_adv: Tensor, seed: int) -> Outcome:
+    """The verdict of the job's defence on `x_adv` (N, C, H, W), which were made of x elsewhere."""
+    none = torch.zeros(len(x), dtype=torch.bool)
+    return _outcome(job, x, x_adv, *_verdict(job, x_adv, y, seed), (0.0,) * len(COSTS), none)
+
+
+def _verdict(job: Job, x_adv: Tensor, y: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    return judge(job.defence, x_adv, y, attacked=job.threat is not None, seed=seed)
+
+
+def _outcome(
+    job: Job,
+    x: Tensor,
+    x_adv: Tensor,
+    prediction: Tensor,
+    score: Tensor,
+    costs: tuple[float, ...],
+    late: Tensor,
+) -> Outcome:
     size = sizes(job.threat.norm if job.threat else "l2", x_adv - x)
     cost = torch.tensor(costs).div(max(len(x), 1)).expand(len(x), len(COSTS))
-    parts = (torch.arange(len(x)), prediction, score, size, cost, x_adv[score == 0])
+    parts = (torch.arange(len(x)), prediction, score, size, cost, late, x_adv[score == 0])
     return Outcome(*(part.detach().cpu().clone() for part in parts))

@@ -72,6 +72,7 @@ class Spec(NamedTuple):
     losses: tuple[str, ...] = ()  # that it takes, the default first
     targets: str | None = None  # the parameter that `AttackConfig.targets` sets
     gradient: bool = True
+    random: bool = True  # another seed may find more
     control: bool = False  # no attack, but what every attack must beat
     # What makes it press on after its own model is fooled, as it must to fool another one.
     pressing: Mapping[str, Any] = _PRESSING
@@ -121,7 +122,7 @@ _LOSSES = ("ce", "margin", "dlr")
 _TWO_LOSSES = ("ce", "margin", "both")
 SPECS: dict[str, Spec] = {
     "noise": Spec(attacks.noise, _BOTH, "draws", gradient=False, control=True, pressing={}),
-    "fgsm": Spec(attacks.fgsm, _BALLS, None, losses=_LOSSES, pressing={}),
+    "fgsm": Spec(attacks.fgsm, _BALLS, None, losses=_LOSSES, random=False, pressing={}),
     "mi_fgsm": Spec(attacks.mi_fgsm, _BOTH, losses=_LOSSES),
     "pgd": Spec(attacks.pgd, _BALLS, restarts="restarts", losses=(*_LOSSES, "both")),
     "apgd": Spec(attacks.apgd, _BALLS, restarts="restarts", losses=_LOSSES, targets="target_classes"),
@@ -132,13 +133,15 @@ SPECS: dict[str, Spec] = {
         attacks.square_pgd, _BOTH, restarts="restarts", queries="queries", losses=("both", "ce", "margin")
     ),
     # An image at the boundary of its own model fools no other: ten logits past it.
-    "cw": Spec(attacks.cw, ("l2",), restarts="searches", pressing={**_PRESSING, "confidence": 10.0}),
+    "cw": Spec(
+        attacks.cw, ("l2",), restarts="searches", random=False, pressing={**_PRESSING, "confidence": 10.0}
+    ),
     # The nearest image is what these are for: they cannot press on.
-    "ddn": Spec(attacks.ddn, ("l2",), pressing={}),
-    "fmn": Spec(attacks.fmn, (*_BALLS, "l0"), pressing={}),
-    "deepfool": Spec(attacks.deepfool, _BOTH, pressing={}),
+    "ddn": Spec(attacks.ddn, ("l2",), random=False, pressing={}),
+    "fmn": Spec(attacks.fmn, (*_BALLS, "l0"), random=False, pressing={}),
+    "deepfool": Spec(attacks.deepfool, _BOTH, random=False, pressing={}),
     "fab": Spec(attacks.fab, _BALLS, restarts="restarts", targets="target_classes", pressing={}),
-    "jsma": Spec(attacks.jsma, ("l0",), None, pressing={}),
+    "jsma": Spec(attacks.jsma, ("l0",), None, random=False, pressing={}),
     "pgd_l0": Spec(attacks.pgd_l0, ("l0",), restarts="restarts", losses=_TWO_LOSSES),
     "stroke_search": Spec(
         attacks.stroke_search, ("l0",), restarts="restarts", tries="tries", queries="queries"
@@ -172,6 +175,8 @@ class AttackConfig:
                own (0: none, the attack is untargeted)
     tries      of window_pgd and stroke_search: what is drawn for each start, which is the best of it; and
     queries    of square_pgd and stroke_search: beside their gradients (0: the attack's own number)
+    rounds     how often it may be tried, each time with other draws on the images that it left; it ends, and
+               has settled, as soon as a round breaks none
     views      in which a filter is attacked: through a gradient of its own (see `ManifoldFilter`;
                those that it does not have are passed over, unless it has none of those named: then all
                that it has count), or not at all (unaware: the bare classifier is attacked). None
@@ -189,6 +194,7 @@ class AttackConfig:
     targets: int = 0
     tries: int = 0
     queries: int = 0
+    rounds: int = 1
     views: tuple[ViewName, ...] = ()
 
     def __post_init__(self) -> None:
@@ -201,6 +207,10 @@ class AttackConfig:
                 raise ValueError(f"{name}: expected a whole number of at least 0, got {value!r}")
             if name != "targets" and getattr(spec, name) is None and value:
                 raise ValueError(f"{name} of {self.name}: expected none, it has none to set; got {value}")
+        if not isinstance(self.rounds, int) or self.rounds < 1:
+            raise ValueError(f"rounds: expected a whole number of at least 1, got {self.rounds!r}")
+        if self.rounds > 1 and not spec.random:
+            raise ValueError(f"rounds of {self.name}: expected 1, it draws nothing; got {self.rounds}")
         if self.loss and self.loss not in spec.losses:
             known = f"one of {', '.join(spec.losses)}" if spec.losses else "none"
             raise ValueError(f"loss of {self.name}: expected {known}, got {self.loss!r}")

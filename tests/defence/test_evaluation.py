@@ -1,5 +1,6 @@
 """The evaluation: what counts as robust, and what becomes of the images."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -267,6 +268,75 @@ def test_what_breaks_one_defence_is_tried_on_the_others() -> None:
     assert transfer["fooled"] == pytest.approx(2 / 3)
     rows = [r for r in found.rows if r.view == "transfer"]
     assert {r.attack for r in rows} == {"transfer from a", "transfer from b"}
+
+
+class Rising(Push):
+    """An attack whose rounds have these strengths; `seeds` are theirs."""
+
+    seeds: list[int]
+
+    @classmethod
+    def rounds_of(cls, *strengths: float) -> "Rising":
+        made = cls("pgd", rounds=len(strengths))
+        for name, value in (("strengths", itertools.cycle(strengths)), ("seen", []), ("seeds", [])):
+            object.__setattr__(made, name, value)
+        return made
+
+    def bind(self, threat: Threat, *, seed: int, press: bool, **more: Any) -> Any:
+        object.__setattr__(self, "strength", next(self.strengths))  # type: ignore[attr-defined]
+        self.seeds.append(seed)
+        return super().bind(threat, seed=seed, press=press)
+
+
+@pytest.mark.parametrize(
+    ("strengths", "met", "left", "settled"),
+    [
+        # The second round finds nothing more: there it ends.
+        ((0.1, 0.1, 0.3), [[1, 2, 3, 4], [2, 3, 4]], 0.6, True),
+        # So does a first one that finds nothing at all.
+        ((0.05, 0.3), [[1, 2, 3, 4]], 0.8, True),
+        # The last one that it may have still finds one: who knows what another would.
+        ((0.1, 0.2, 0.3), [[1, 2, 3, 4], [2, 3, 4], [3, 4]], 0.2, False),
+        # What the last but one found does not matter once the last finds none.
+        ((0.1, 0.2, 0.2), [[1, 2, 3, 4], [2, 3, 4], [3, 4]], 0.4, True),
+        # A single round says nothing of that.
+        ((0.3,), [[1, 2, 3, 4]], 0.2, True),
+    ],
+)
+def test_rounds_go_on_until_one_breaks_none(strengths: Any, met: Any, left: float, settled: bool) -> None:
+    x, y = numbered(5)
+    attack = Rising.rounds_of(*strengths)
+    found = evaluate([Defence.bare("a", Table(A))], [attack], [FAR], x, y, checks=0)
+    assert attack.seen == met
+    assert len(set(attack.seeds)) == len(met)
+    assert [r.robust_accuracy for r in found.rows] == [0.8, left, left]
+    assert [r.settled for r in found.rows] == [True, True, settled]
+    (outcome,) = (outcome for job, outcome in found.outcomes if job.attack)
+    # Of every image what became of it in the round that broke it, or in the first.
+    for i, at, score in zip(outcome.met.tolist(), outcome.size.tolist(), outcome.score.tolist(), strict=True):
+        broke = next(s for s in strengths if s >= A[i] - 1e-6) if score == 0 else strengths[0]
+        assert at == pytest.approx(broke)
+    assert len(outcome.adversarial) == len(outcome.broken) == (outcome.score == 0).sum()
+
+
+def test_what_was_broken_before_is_no_sign_that_an_attack_has_not_settled() -> None:
+    """In mode full it meets those as well; of a union each threat counts."""
+    x, y = numbered(5)
+    once, again = Push.of(0.3, loss="margin"), Rising.rounds_of(0.1, 0.2)
+    near = Threat("linf", 0.15)  # too near for its second round
+    for attacks, settled in (([once, again], True), ([again, once], False)):
+        found = evaluate([Defence.bare("a", Table(A))], attacks, [FAR, near], x, y, mode="full", checks=0)
+        worst = {(r.norm, r.eps): r.settled for r in found.rows if r.attack == "worst"}
+        assert worst == {("linf", 0.5): settled, ("linf", 0.15): True, ("union", 0.0): settled}
+
+
+def test_an_attack_that_draws_nothing_has_one_round() -> None:
+    for name in ("fgsm", "fmn", "cw", "ddn", "deepfool", "jsma"):
+        with pytest.raises(ValueError, match=f"rounds of {name}: expected 1, it draws nothing; got 2"):
+            AttackConfig(name, rounds=2)  # type: ignore[arg-type]
+    for rounds in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="rounds: expected a whole number of at least 1"):
+            AttackConfig("pgd", rounds=rounds)  # type: ignore[arg-type]
 
 
 def test_of_a_model_that_draws_every_draw_is_paid_for_and_its_mean_is_asked() -> None:
