@@ -96,12 +96,17 @@ class Ledger:
         for defence in defences:
             own = {threat: score for (name, threat), score in self.worst.items() if name == defence.name}
             for threat, score in own.items():
-                settled = (defence.name, threat) not in self._unsettled
-                yield replace(_row(defence, WORST, "all", score, threat), settled=settled)
+                yield replace(
+                    _row(defence, WORST, "all", score, threat), settled=self._settled(defence, score, threat)
+                )
             if len(own) > 1:
                 union = torch.stack(list(own.values())).amin(0)
-                settled = not any((defence.name, threat) in self._unsettled for threat in own)
+                settled = self._settled(defence, union, *own)
                 yield replace(_row(defence, WORST, "all", union), norm=UNION, settled=settled)
+
+    def _settled(self, defence: Defence, score: Tensor, *threats: Threat) -> bool:
+        """Whether nothing was found at the end that lowered scores (N,), or nothing is left to be found."""
+        return not score.any() or not any((defence.name, threat) in self._unsettled for threat in threats)
 
     def _add(self, job: Job, score: Tensor, outcome: Outcome) -> None:
         cost = dict(zip(COSTS, outcome.cost.sum(0).tolist(), strict=True))

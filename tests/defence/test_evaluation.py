@@ -330,6 +330,12 @@ def test_what_was_broken_before_is_no_sign_that_an_attack_has_not_settled() -> N
         assert worst == {("linf", 0.5): settled, ("linf", 0.15): True, ("union", 0.0): settled}
 
 
+def test_where_nothing_is_left_nothing_is_open() -> None:
+    x, y = numbered(4)
+    found = evaluate([Defence.bare("a", Table(A))], [Rising.rounds_of(0.2, 0.3)], [FAR], x, y, checks=0)
+    assert [(r.robust_accuracy, r.settled) for r in found.rows if r.attack == "worst"] == [(0.0, True)]
+
+
 def test_an_attack_that_draws_nothing_has_one_round() -> None:
     for name in ("fgsm", "fmn", "cw", "ddn", "deepfool", "jsma"):
         with pytest.raises(ValueError, match=f"rounds of {name}: expected 1, it draws nothing; got 2"):
