@@ -4,6 +4,7 @@ None defends anything: a figure is worth what the strongest of them leaves.
 """
 
 from manifold_defense.attacks.apgd import apgd
+from manifold_defense.attacks.continued import square_pgd, transfer_pgd
 from manifold_defense.attacks.corruptions import CORRUPTIONS, corruption
 from manifold_defense.attacks.cw import cw
 from manifold_defense.attacks.ddn import ddn
@@ -25,7 +26,6 @@ from manifold_defense.attacks.patch import patch
 from manifold_defense.attacks.pgd import fgsm, pgd
 from manifold_defense.attacks.sparse import pgd_l0, sparse_rs, stroke_search
 from manifold_defense.attacks.square import square
-from manifold_defense.attacks.square_pgd import square_pgd
 from manifold_defense.attacks.window import window_pgd
 
 __all__ = [
@@ -60,5 +60,6 @@ __all__ = [
     "square",
     "square_pgd",
     "stroke_search",
+    "transfer_pgd",
     "window_pgd",
 ]

@@ -23,6 +23,7 @@ AttackName = Literal[
     "apgd",
     "window_pgd",
     "square_pgd",
+    "transfer_pgd",
     "cw",
     "ddn",
     "fmn",
@@ -89,6 +90,10 @@ def _features(defended: _Filtered) -> dict[str, Any]:
     return {"features": defended.filter}
 
 
+def _surrogate(defended: _Filtered) -> dict[str, Any]:
+    return {"surrogate": defended.classifier}
+
+
 def _residual(defended: RejectingClassifier) -> dict[str, Any]:
     return {"residual": defended.residual, "threshold": defended.threshold}
 
@@ -132,6 +137,14 @@ SPECS: dict[str, Spec] = {
     "square_pgd": Spec(
         attacks.square_pgd, _BOTH, restarts="restarts", queries="queries", losses=("both", "ce", "margin")
     ),
+    "transfer_pgd": Spec(
+        attacks.transfer_pgd,
+        _BALLS,
+        restarts="restarts",
+        tries="tries",
+        losses=("both", "ce", "margin"),
+        knows=_surrogate,
+    ),
     # An image at the boundary of its own model fools no other: ten logits past it.
     "cw": Spec(
         attacks.cw, ("l2",), restarts="searches", random=False, pressing={**_PRESSING, "confidence": 10.0}
@@ -173,7 +186,8 @@ class AttackConfig:
                each
     targets    of apgd and fab: how many of the most likely wrong classes are aimed at, each in a run of its
                own (0: none, the attack is untargeted)
-    tries      of window_pgd and stroke_search: what is drawn for each start, which is the best of it; and
+    tries      of window_pgd, transfer_pgd and stroke_search: what is drawn for each start, which is the best
+               of it (0: the attack's own number)
     queries    of square_pgd and stroke_search: beside their gradients (0: the attack's own number)
     rounds     how often it may be tried, each time with other draws on the images that it left; it ends, and
                has settled, as soon as a round breaks none

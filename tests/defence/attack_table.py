@@ -36,6 +36,7 @@ from manifold_defense.attacks import (
     square,
     square_pgd,
     stroke_search,
+    transfer_pgd,
     window_pgd,
 )
 from manifold_defense.attacks.norms import sizes
@@ -110,6 +111,10 @@ ATTACKS: dict[str, partial[Tensor]] = {
     "square-l2": partial(square, norm="l2", eps=1.2, steps=50, restarts=2),
     "search-then-pgd-linf": partial(square_pgd, **LINF, queries=50, steps=4),
     "search-then-pgd-l2": partial(square_pgd, **L2, queries=50, steps=4, loss="margin", stop_early=False),
+    "transfer-then-pgd-l2": partial(transfer_pgd, norm="l2", eps=1.2, tries=3, steps=4),
+    "transfer-then-pgd-linf": partial(
+        transfer_pgd, **LINF, tries=2, steps=3, restarts=1, loss="ce", stop_early=False
+    ),
     "hop-skip-jump-l2": partial(hop_skip_jump, **L2, queries=400, draws=40),
     "hop-skip-jump-linf": partial(hop_skip_jump, norm="linf", eps=0.15, queries=400, draws=40),
     "window-l2": partial(window_pgd, norm="l2", eps=1.2, steps=5, restarts=2, tries=3),

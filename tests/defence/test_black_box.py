@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from manifold_defense.attacks import hop_skip_jump, pgd, sparse_rs, square, square_pgd
+from manifold_defense.attacks import hop_skip_jump, pgd, sparse_rs, square, square_pgd, transfer_pgd
 from manifold_defense.attacks.norms import sizes
 from manifold_defense.attacks.objective import fooled
 from manifold_defense.attacks.square import _bump, _side
@@ -66,6 +66,28 @@ def test_a_gradient_goes_on_where_queries_stop_short() -> None:
     for alone in (partial(square, steps=200), partial(pgd, steps=40, restarts=4, loss="both")):
         assert not fooled(model(alone(**bound)), ONES[:1], False).any()
     assert fooled(model(square_pgd(queries=200, **bound)), ONES[:1], False).all()
+
+
+def test_a_surrogate_leads_to_where_the_models_own_gradient_begins() -> None:
+    """Off a bright corner the model is flat; the surrogate climbs to it, and knows nothing of the rest."""
+    eps, w = 0.1, torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(2))
+    w[:, :4, :4] = 0.2 * w.abs().mean()
+
+    def corner(x: Tensor) -> Tensor:
+        return ((x - GREY[:1]) / eps)[:, :, :4, :4].mean((1, 2, 3))
+
+    def model(x: Tensor) -> Tensor:
+        lead = ((x - GREY[:1]) / eps * w).sum((1, 2, 3)) / w.abs().sum() - 0.98
+        lead = torch.where(corner(x) > 0.9, lead, -3.0)
+        return torch.stack([lead, torch.zeros_like(lead)], 1)
+
+    def surrogate(x: Tensor) -> Tensor:
+        return torch.stack([corner(x), torch.zeros_like(corner(x))], 1)
+
+    bound: dict[str, Any] = {"model": model, "x": GREY[:1], "y": ONES[:1], "eps": eps, "norm": "linf"}
+    for alone in (partial(pgd, steps=40, restarts=4, loss="both"), transfer_pgd):
+        assert not fooled(model(alone(**bound)), ONES[:1], False).any()
+    assert fooled(model(transfer_pgd(surrogate=surrogate, **bound)), ONES[:1], False).all()
 
 
 def test_square_starts_with_stripes_of_full_size() -> None:

@@ -50,7 +50,7 @@ def test_without_views_all_are_met(defended: DefendedClassifier) -> None:
 def test_the_jobs_of_a_bare_classifier(classifier: nn.Module) -> None:
     """Every attack once, also one whose views name the filter's alone; those that need a filter never."""
     attacks = [*SUITE, AttackConfig("pgd", views=("identity",)), AttackConfig("range")]
-    attacks += [AttackConfig("feature_matching")]
+    attacks += [AttackConfig("feature_matching"), AttackConfig("transfer_pgd")]
     assert cells(Defence.bare("cnn", classifier), attacks, [LINF]) == [
         "clean",
         "noise deployed linf 0.1",
