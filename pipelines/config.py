@@ -51,8 +51,8 @@ class EncoderStageConfig(EncoderConfig):
                 tells); joint: none, but as it was trained with the GAN, or is in a finished filter; auto:
                 without a finished filter the first variant that is hardened for a threat, behind nothing, if
                 none of the variants needs the filter; else joint
-    classifier  whose answers the drawings are to keep, with an `agreement_weight`: a variant or a folder,
-                or "" for that of stage train-classifier
+    classifier  whose answers the drawings are to keep, with an `agreement_weight`: a variant, a folder, or
+                package.module:function of one of your own; "" for that of stage train-classifier
     share       what its answer to the drawing counts for beside that to the image, as in `evaluate.mixed`;
                 1: all
     """
@@ -73,6 +73,11 @@ class EncoderStageConfig(EncoderConfig):
         if self.share < 1 and not self.agreement_weight:
             raise ValueError(f"share: expected 1 without an agreement_weight, got {self.share}")
         _check_pieces(self.disturbance, self.batch_size, "disturbance.pieces")
+
+    @property
+    def own_classifier(self) -> str:
+        """`classifier` if it is one of the user's own, named as a function, or ""."""
+        return self.classifier if ":" in self.classifier else ""
 
     @property
     def agrees(self) -> bool:
@@ -355,12 +360,15 @@ class Config:
                     )
             before.append(variant.name)
         body, classifier = self.encoder.body, self.encoder.classifier
-        for key, name, others in (("body", body, _NO_BODY), ("classifier", classifier, ("",))):
+        own = self.encoder.own_classifier
+        for key, name, others in (("body", body, _NO_BODY), ("classifier", classifier, ("", own))):
             if name in others or "/" in name:
                 continue
             if name not in before:
+                function = ", or package.module:function" if key == "classifier" else ""
                 raise ValueError(
-                    f"encoder.{key}: expected a variant of harden or a folder such as ./mine, got {name!r}"
+                    f"encoder.{key}: expected a variant of harden or a folder such as ./mine{function}, "
+                    f"got {name!r}"
                 )
             if self._need_the_filter:
                 raise ValueError(
@@ -381,7 +389,7 @@ class Config:
     @property
     def encoder_needs_variants(self) -> bool:
         named = (self.encoder_body, self.encoder.classifier)
-        return any(name and "/" not in name for name in named)
+        return any(name and "/" not in name for name in named if name != self.encoder.own_classifier)
 
     @property
     def _need_the_filter(self) -> list[str]:

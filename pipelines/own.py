@@ -34,8 +34,8 @@ class OwnClassifierError(Exception):
     """A classifier cannot be had as named; one line that says why."""
 
 
-def load_own(source: str, data: Dataset, device: torch.device) -> nn.Module:
-    """The module that `source`, a function without parameters or a module itself, gives.
+def load_own(source: str, data: Dataset, device: torch.device, option: str = "--classifier") -> nn.Module:
+    """The module that `source`, given as `option`, a function without parameters or a module itself, gives.
 
     It takes images (N, C, H, W) in [0, 1] and returns logits (N, K) for the classes of `data`; two test
     images and their gradient are tried. Modules in the working folder are found as well. Raises
@@ -43,7 +43,7 @@ def load_own(source: str, data: Dataset, device: torch.device) -> nn.Module:
     """
 
     def refused(why: str) -> OwnClassifierError:
-        return OwnClassifierError(f"--classifier {source}: {why}")
+        return OwnClassifierError(f"{option} {source}: {why}")
 
     path, _, name = source.partition(":")
     if not path or not name or path.endswith(".py"):
@@ -98,7 +98,7 @@ def load_own(source: str, data: Dataset, device: torch.device) -> nn.Module:
 
 
 @contextmanager
-def blamed_on(source: str) -> Iterator[None]:
+def blamed_on(source: str, option: str = "--classifier") -> Iterator[None]:
     """Around the use of a classifier of the user's, "" for none: what fails in it is said in one line."""
     try:
         yield
@@ -106,7 +106,7 @@ def blamed_on(source: str) -> Iterator[None]:
         theirs = isinstance(error, ModelError) or bool(_places(error))
         if not source or isinstance(error, OwnClassifierError) or not theirs:
             raise
-        raise OwnClassifierError(f"--classifier {source}: {_blamed(error)}") from error
+        raise OwnClassifierError(f"{option} {source}: {_blamed(error)}") from error
 
 
 def _blamed(error: BaseException) -> str:

@@ -107,6 +107,8 @@ def run_stages(
     _try_weights(shop, (before[name][1] for name in todo))
     if "evaluate" in todo and config.evaluate.classifier:
         load_own(config.evaluate.classifier, shop.data, torch.device("cpu"))
+    if "train-encoder" in todo and config.encoder.own_classifier:
+        load_own(config.encoder.own_classifier, shop.data, torch.device("cpu"), "encoder.classifier")
     run = RUNS / config.run
     run.mkdir(parents=True, exist_ok=True)
     with alone(run, StageError) if fabric.is_global_zero else nullcontext():

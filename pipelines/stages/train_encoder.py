@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from gan.inversion import Agree, encoder_state, train_encoder
 from gan.networks import Encoder, Generator
@@ -19,7 +20,7 @@ from manifold_defense.encoders import encoder_from
 from manifold_defense.hardening.agreement import Agreement
 from pipelines.board import grid
 from pipelines.context import Context
-from pipelines.own import load_own_classifier, load_own_filter
+from pipelines.own import blamed_on, load_own, load_own_classifier, load_own_filter
 from pipelines.stage import StageError
 
 
@@ -51,7 +52,8 @@ def run(context: Context) -> dict[str, Any]:
     loop = train_encoder(
         fabric, state, generator, batches, config, seed, disturb=config.disturbance, agree=_agreement(context)
     )
-    context.train(loop, state, config.images, picture)
+    with blamed_on(config.own_classifier, "encoder.classifier"):
+        context.train(loop, state, config.images, picture)
     if context.main:
         save_gan(generator, average, context.folder)
     with torch.no_grad():
@@ -63,9 +65,13 @@ def _agreement(context: Context) -> Agree | None:
     config = context.config.encoder
     if not config.agrees:
         return None
-    return partial(
-        Agreement, _classifier(context, config.classifier).requires_grad_(False), share=config.share
-    )
+    device, own = context.fabric.device, config.own_classifier
+    known: nn.Module
+    if own:
+        known = load_own(own, context.data, device, "encoder.classifier")
+    else:
+        known = _classifier(context, config.classifier)
+    return partial(Agreement, known.requires_grad_(False), share=config.share)
 
 
 def _classifier(context: Context, name: str) -> ImageClassifier:

@@ -129,12 +129,18 @@ def test_drawings_agree_with_the_classifier_of_the_run_or_of_a_folder(finished, 
     exported = finished / "runs" / "digits" / "export"
     common = (f"filter={exported / 'filter'}", "encoder.images=128")
     agreeing = (*common, "encoder.agreement_weight=0.05")
+    # One of the user's own that happens to be that of the run, as a module that no folder could hold.
+    Path("mine_to_agree.py").write_text(
+        "from torch import nn\n\nfrom manifold_defense import load_classifier\n\n\n"
+        f"def classifier():\n    return nn.Sequential(load_classifier({str(exported / 'classifier')!r}))\n"
+    )
     weights = {}
     for run, own in (
         ("plain", common),
         ("run", agreeing),
         ("folder", (*agreeing, f"encoder.classifier={exported / 'classifier'}")),
         ("twice", (*agreeing, f"encoder.classifier={exported / 'classifier'}", "encoder.share=0.5")),
+        ("own", (*agreeing, "encoder.classifier=mine_to_agree:classifier")),
     ):
         result = invoke("run", "train-encoder", *settings(*own, f"run={run}"))
         assert result.exit_code == 0, result.output
@@ -143,11 +149,16 @@ def test_drawings_agree_with_the_classifier_of_the_run_or_of_a_folder(finished, 
         weights[run] = torch.cat([p.flatten() for p in encoder.parameters()])
     # Made by the same settings, the two classifiers are one.
     assert torch.equal(weights["run"], weights["folder"])
+    assert torch.equal(weights["run"], weights["own"])
     assert not torch.equal(weights["run"], weights["plain"])
     assert not torch.equal(weights["run"], weights["twice"])
-    result = invoke("run", *settings(*agreeing, "encoder.classifier=./none", "run=off"))
-    assert result.exit_code == 1
-    assert "none" in result.output
+    for name, code, reason in (
+        ("./none", 1, "none"),
+        ("none_such:classifier", 2, "encoder.classifier none_such:classifier: ModuleNotFoundError"),
+        ("none", 2, "or package.module:function, got 'none'"),
+    ):
+        result = invoke("run", *settings(*agreeing, f"encoder.classifier={name}", "run=off"))
+        assert (result.exit_code, reason in " ".join(result.output.split())) == (code, True), result.output
     assert "Traceback" not in result.output
     assert not Path("runs/off").exists()
 
