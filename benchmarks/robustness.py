@@ -133,6 +133,7 @@ def line(evaluation: Evaluation, defence: str, threat: Threat) -> dict[str, Any]
         "ci_low": worst.ci_low,
         "ci_high": worst.ci_high,
         "masked": worst.masked,
+        "settled": worst.settled,
         "after": after,
         "alive": [score > 0 for score in evaluation.worst[defence, threat].tolist()],
     }

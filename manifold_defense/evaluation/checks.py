@@ -271,7 +271,7 @@ def convergence(s: Subject) -> Check:
         return s.verdict("convergence", share, False, words)
     refuses = isinstance(s.defence.strongest, RejectingClassifier) and s.threat.norm in BALLS
     last = _LAST_REFUSED if refuses else _LAST[s.threat.norm]
-    seed = s.seed + 1_000_003  # not a start that the attacks before had
+    seed = s.seed + 1_500_000_001  # not a start that the attacks before had
     press = s.defence.draws > 1
     before = before.to(x)
     score, worst = before.clone(), x.clone()

@@ -15,7 +15,9 @@ from manifold_defense.evaluation.suite import NO_GRADIENT, Defence, Job
 from manifold_defense.randomised import seeded
 from manifold_defense.rejection import defended
 
-_ROUND_SEEDS = 1_000_003  # between rounds: further apart than any chunks of one
+_ROUND_SEEDS = (
+    1_000_003  # between rounds: further apart than any chunks of one; those of the checks lie beyond
+)
 
 
 class Outcome(NamedTuple):
@@ -117,12 +119,16 @@ def run_job(job: Job, x: Tensor, y: Tensor, seed: int) -> Outcome:
         answer, reached = _verdict(job, tried, y[left], drawn)
         lower = reached < score[left]
         at = left[lower]
-        x_adv[at], prediction[at], score[at] = tried[lower], answer[lower], reached[lower]
+        x_adv[at], prediction[at], score[at] = (
+            tried[lower].to(x),
+            answer[lower].to(y),
+            reached[lower].to(score),
+        )
         broken, left = left[reached == 0], left[reached > 0]
         if len(broken) == 0 or len(left) == 0:
             break
     late = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    late[broken] = 0 < turn == rounds - 1
+    late[broken] = len(left) > 0 and 0 < turn == rounds - 1
     return _outcome(job, x, x_adv, prediction, score, meter.counts, late)
 
 
