@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -22,7 +22,9 @@ from manifold_defense.evaluation import (
     run_job,
     wilson,
 )
+from manifold_defense.evaluation.ledger import Ledger
 from manifold_defense.evaluation.meter import Meter
+from manifold_defense.evaluation.suite import CHECKED
 from tests.defence.evaluation_support import L2, LINF, SUITE, labelled
 
 # --- Attacks and outcomes ---
@@ -273,6 +275,7 @@ def test_what_breaks_one_defence_is_tried_on_the_others() -> None:
 class Rising(Push):
     """An attack whose rounds have these strengths; `seeds` are theirs."""
 
+    strengths: Iterator[float]
     seeds: list[int]
 
     @classmethod
@@ -283,7 +286,7 @@ class Rising(Push):
         return made
 
     def bind(self, threat: Threat, *, seed: int, press: bool, **more: Any) -> Any:
-        object.__setattr__(self, "strength", next(self.strengths))  # type: ignore[attr-defined]
+        object.__setattr__(self, "strength", next(self.strengths))
         self.seeds.append(seed)
         return super().bind(threat, seed=seed, press=press)
 
@@ -334,6 +337,21 @@ def test_where_nothing_is_left_nothing_is_open() -> None:
     x, y = numbered(4)
     found = evaluate([Defence.bare("a", Table(A))], [Rising.rounds_of(0.2, 0.3)], [FAR], x, y, checks=0)
     assert [(r.robust_accuracy, r.settled) for r in found.rows if r.attack == "worst"] == [(0.0, True)]
+
+
+def test_what_the_checks_broke_is_open_for_that_defence_alone() -> None:
+    x, y = numbered(5)
+    ledger, defences = Ledger("standard"), [Defence.bare(name, Table(A)) for name in ("a", "b")]
+    for defence in defences:
+        for attack, view in ((None, None), (Push.of(0.1), "exact")):
+            job = Job(defence, attack, view, FAR if attack else None)
+            ledger.enter(job, run_job(job, x, y, 0)._replace(met=torch.arange(5)))
+    left = torch.tensor([2, 3, 4])
+    job = Job(defences[0], Push.of(0.2), CHECKED, FAR)
+    broken = run_job(job._replace(view="exact"), x[left], y[left], 0)._replace(met=left)
+    ledger.enter(job, broken)
+    found = [(r.defence, r.robust_accuracy, r.settled) for r in ledger.worst_rows(defences)]
+    assert found == [("a", 0.4, False), ("b", 0.6, True)]
 
 
 def test_an_attack_that_draws_nothing_has_one_round() -> None:
