@@ -235,7 +235,10 @@ def main(
                 after = "  ".join(f"{kind} {share:.1%}" for kind, share in cell["after"].items())
                 interval = f"[{cell['ci_low']:.1%}, {cell['ci_high']:.1%}]"
                 mark = "  masked: not a robustness figure" if cell["masked"] else ""
-                click.echo(f"  {defence.name:12} {cell['robust_accuracy']:6.1%}  {interval}  {after}{mark}")
+                bound = " " if cell["settled"] else "≤"
+                click.echo(
+                    f"  {defence.name:12} {bound}{cell['robust_accuracy']:6.1%}  {interval}  {after}{mark}"
+                )
             comparisons = [
                 {"classifier": label, **found}
                 for other in presets[1:]

@@ -288,7 +288,7 @@ class EvaluateConfig:
         AttackConfig("pgd", steps=20, restarts=2, loss="both", views=_PGD_VIEWS),
         AttackConfig("apgd", steps=100, views=("exact",)),
         AttackConfig("apgd", steps=40, loss="dlr", views=("exact",)),
-        AttackConfig("window_pgd", steps=20, restarts=4, rounds=4, views=("exact",)),
+        AttackConfig("window_pgd", steps=20, restarts=4, rounds=8, views=("exact",)),
         AttackConfig("fab", steps=50, targets=4, views=("exact",)),
         AttackConfig("fmn", steps=30, views=("exact",)),
         AttackConfig("range", steps=20),

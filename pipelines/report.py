@@ -71,8 +71,11 @@ def _line(defence: str, clean: Mapping[str, Any], rows: Rows) -> tuple[str, ...]
 
 def _figure(worst: Mapping[str, Any]) -> str:
     """`12.5 %`, `≤ 12.5 %` for one that has not settled, `≤ 12.5 % (masked)`."""
-    bound = "" if worst["settled"] else AT_MOST
-    return f"{bound}{percent(worst['robust_accuracy'])}{MASKED if worst['masked'] else ''}"
+    return f"{_at_most(worst)}{MASKED if worst['masked'] else ''}"
+
+
+def _at_most(row: Mapping[str, Any]) -> str:
+    return f"{'' if row['settled'] else AT_MOST}{percent(row['robust_accuracy'])}"
 
 
 def _column(row: Mapping[str, Any]) -> str:
@@ -104,6 +107,8 @@ def _verdict(before: Mapping[str, Any], after: Mapping[str, Any], found: Mapping
         return "no verdict: a figure is masked"
     gained, lost = found["gained"], found["lost"]
     figures = f"{gained} images gained, {lost} lost, p {found['p']:.2g}"
+    if not (before["settled"] and after["settled"]):
+        figures += ", not settled"
     if found["p"] > 0.05:
         return f"no difference: {figures}"
     return f"the filter {'helps' if gained > lost else 'harms'}: {figures}"
@@ -115,7 +120,7 @@ def trade_offs(rows: Rows) -> dict[str, dict[str, tuple[float, float]]]:
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for r in rows:
         if r["attack"] == "worst":
-            label = f"{r['defence']}{MASKED if r['masked'] else ''}"
+            label = f"{'' if r['settled'] else AT_MOST}{r['defence']}{MASKED if r['masked'] else ''}"
             found.setdefault(_threat(r["norm"], r["eps"]), {})[label] = (
                 clean[r["defence"]],
                 r["robust_accuracy"],
@@ -199,7 +204,7 @@ def markdown_rows(rows: Rows) -> str:
             r["attack"],
             r["view"] or "–",
             _threat(r["norm"], r["eps"]),
-            percent(r["robust_accuracy"]),
+            _at_most(r),
             f"{percent(r['ci_low'])} – {percent(r['ci_high'])}",
             *(f"{r[cost] / max(r['n'], 1):.1f}" for cost in ("forward", "backward", "generator")),
         )

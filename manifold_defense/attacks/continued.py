@@ -53,6 +53,7 @@ def transfer_pgd(
     loss: str = "both",
     targeted: bool = False,
     stop_early: bool = True,
+    pieces: Tensor | None = None,
     seed: int = 0,
 ) -> Tensor:
     """PGD from where `window_pgd` at a surrogate ends: images (N, C, H, W) with labels y (N,).
@@ -60,7 +61,8 @@ def transfer_pgd(
     Of a filter the surrogate is the classifier behind it. Up its gradient, which knows nothing of the filter,
     lies what the filter's own, flat there, does not lead to; from there its own goes on. Both climb so many
     `steps` in so many `restarts`; the surrogate's go on after it is fooled. By default it is `model` itself.
-    Returns the image of the highest margin found, the clean one included; the rest as in `square_pgd`.
+    Returns the image of the highest margin found, the clean one included; the rest as in
+    `window_pgd` and `square_pgd`.
     """
     found = window_pgd(
         model if surrogate is None else surrogate,
@@ -74,6 +76,7 @@ def transfer_pgd(
         loss=loss,
         targeted=targeted,
         stop_early=False,
+        pieces=pieces,
         seed=seed,
     )
     return _continued(model, x, y, found, norm, eps, steps, restarts, loss, targeted, stop_early)

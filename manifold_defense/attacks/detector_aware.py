@@ -19,7 +19,7 @@ from manifold_defense.attacks.objective import (
     logits_and_gradient,
     margins,
 )
-from manifold_defense.attacks.window import best_drawn, draw_pieces, draw_windows
+from manifold_defense.attacks.window import best_drawn, draw_windows, pieces_for
 from manifold_defense.types import Classifier, Norm
 
 Method = Literal["lagrangian", "orthogonal", "selective"]
@@ -47,6 +47,7 @@ def detector_aware(
     method: Method = "lagrangian",
     targeted: bool = False,
     stop_early: bool = True,
+    pieces: Tensor | None = None,
     seed: int = 0,
 ) -> Tensor:
     """`max margin` in the ball around images (N, C, H, W) with labels y (N,), s.t. `residual ≤ threshold`.
@@ -55,9 +56,8 @@ def detector_aware(
     Returned is, of all iterates that both fool the model and pass, that of the highest margin; the clean
     image where there is none. The first restart starts at the image, which should pass, the further
     ones by turns at a random point of the ball, at the worst of `tries` windows and at that of as many
-    pieces of other images of the batch, as `window_pgd` does: at L2 these break what the others leave. Each
-    step takes a gradient of `loss` and one of `residual`, both scaled to length 1, and combines them by
-    `method`:
+    pieces of other images, `pieces` as in `window_pgd`: at L2 these break what the others leave. Each step
+    takes a gradient of `loss` and one of `residual`, both scaled to length 1, and combines them by `method`:
 
     lagrangian  g − w r, with a weight w ≥ 0 for each image, by dual ascent
     selective   g until the model is fooled, then −r until the image passes, then g again
@@ -74,7 +74,7 @@ def detector_aware(
     limit = threshold - _INSIDE * abs(threshold) if math.isfinite(threshold) else threshold
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()
-    best = x.clone()
+    best, draw_piece = x.clone(), pieces_for(x, pieces)
 
     def place(clean: Tensor, drawn: Tensor) -> Tensor:
         return shape.place(clean, drawn, eps, (0.0, 1.0))
@@ -91,7 +91,7 @@ def detector_aware(
             if restart % 3 == 1:
                 current = (x + shape.project(shape.sample(x, eps, rng), eps)).clamp(0, 1)
             elif restart:
-                draw = draw_windows if restart % 3 == 2 or len(x) == 1 else draw_pieces
+                draw = draw_windows if restart % 3 == 2 else draw_piece
                 current[active] = best_drawn(model, draw, place, x, y, active, tries, targeted, rng)
             for step in range(steps + 1):
                 if len(active) == 0:

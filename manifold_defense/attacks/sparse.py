@@ -11,7 +11,7 @@ from torch import Tensor
 
 from manifold_defense.attacks.ascent import ascend
 from manifold_defense.attacks.random_search import Draw, random_search
-from manifold_defense.attacks.window import best_drawn, draw_pieces
+from manifold_defense.attacks.window import best_drawn, pieces_for
 from manifold_defense.types import Classifier, Norm
 
 # Sparse-RS: of 10,000 queries, those after which the initial share of pixels to exchange is divided
@@ -130,17 +130,18 @@ def stroke_search(
     queries: int = 2500,
     targeted: bool = False,
     stop_early: bool = True,
+    pieces: Tensor | None = None,
     seed: int = 0,
 ) -> Tensor:
     """Images that differ from x (N, C, H, W) in `eps` pixels: by strokes, their gradient, and random search.
 
     A restart begins `strokes` times at the best of `tries` strokes, lines of one colour at any place and
-    angle, or, by turns, of pieces of other images of the batch, as far as so many pixels draw them, and
-    climbs the margin for `steps` gradients, each of which exchanges some of the pixels for those that
-    promise most; the best of what it found then meets Sparse-RS of so many `queries`. Pixels drawn one by
-    one, as by `pgd_l0` and `sparse_rs`, are noise that a filter takes away; a stroke could belong to a
-    digit. No part alone finds what they find together (docs/results/attacks.md). Returns the image of the
-    highest margin found, the clean one included; what pieces find depends on the batch.
+    angle, or, by turns, of pieces of other images, of `pieces` (M, C, H, W) or, by default, of the batch, as
+    far as so many pixels draw them, and climbs the margin for `steps` gradients, each of which exchanges
+    some of the pixels for those that promise most; the best of what it found then meets Sparse-RS of so many
+    `queries`. Pixels drawn one by one, as by `pgd_l0` and `sparse_rs`, are noise that a filter takes away; a
+    stroke could belong to a digit. No part alone finds what they find together (docs/results/attacks.md).
+    Returns the image of the highest margin found, the clean one included.
     """
     count = _pixels(norm, eps)
     if steps < 1 or strokes < 1 or tries < 1 or queries < 1:
@@ -150,6 +151,8 @@ def stroke_search(
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()
     begun = itertools.count()
+    draw_stroke = partial(draw_strokes, count=count)
+    draw_piece = pieces_for(x, pieces) if pieces is not None or len(x) > 1 else draw_stroke
 
     def place(clean: Tensor, drawn: Tensor) -> Tensor:
         return _nearest_sparse(drawn, clean, count)
@@ -162,8 +165,7 @@ def stroke_search(
 
     def start(rows: Tensor, draw: Draw) -> Tensor:
         def begin(those: Tensor) -> Tensor:
-            pieces = next(begun) % 2 and len(x) > 1
-            shapes = draw_pieces if pieces else partial(draw_strokes, count=count)
+            shapes = draw_piece if next(begun) % 2 else draw_stroke
             return best_drawn(model, shapes, place, x, y, rows[those], tries, targeted, rng)
 
         return ascend(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ def window_pgd(
     loss: str = "both",
     targeted: bool = False,
     stop_early: bool = True,
+    pieces: Tensor | None = None,
     seed: int = 0,
 ) -> Tensor:
     """PGD from images (N, C, H, W) with labels y (N,), each restart from the best of `tries` windows.
@@ -41,10 +43,10 @@ def window_pgd(
     over an image the same length changes no pixel by more than a hardened classifier ignores, and from
     there its gradient leads nowhere: at L2 2.5 PGD leaves most images of one that was hardened at L∞
     0.3, and this attack nearly none (docs/results/attacks.md). Of every four restarts the last two fill the
-    window with a piece of another image of the batch, which breaks what has learnt to undo plain ones;
-    what is found so depends on the batch. `step_size` is that of the first step, in
-    pixels, and falls linearly to zero; by default 0.3 eps. A restart costs `tries` forward passes and
-    `steps` gradients. Returns the image of the highest margin found, the clean one included.
+    window with a piece of another image, of `pieces` (M, C, H, W) or, by default, of the batch, which
+    breaks what has learnt to undo plain ones; what is found so depends on those. `step_size` is that of the
+    first step, in pixels, and falls linearly to zero; by default 0.3 eps. A restart costs `tries` forward
+    passes and `steps` gradients. Returns the image of the highest margin found, the clean one included.
     """
     shape = geometry(norm)
     if not eps >= 0:
@@ -59,9 +61,11 @@ def window_pgd(
     def place(clean: Tensor, drawn: Tensor) -> Tensor:
         return shape.place(clean, drawn, eps, (0.0, 1.0))
 
+    draw_piece = pieces_for(x, pieces)
+
     def start(rows: Tensor) -> Tensor:
         # Two and two, since two losses take turns.
-        draw = draw_pieces if next(restart) % 4 >= 2 and len(x) > 1 else draw_windows
+        draw = draw_piece if next(restart) % 4 >= 2 else draw_windows
         return best_drawn(model, draw, place, x, y, rows, tries, targeted, rng)
 
     def move(clean: Tensor, at: Tensor, gradient: Tensor, left: float) -> Tensor:
@@ -114,12 +118,26 @@ def draw_windows(x: Tensor, rng: torch.Generator) -> Tensor:
     return torch.where(where, colour, x)
 
 
-def draw_pieces(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Images (N, C, H, W), at least two, in each of which a rectangle is that of another one of them."""
-    where = _rectangles(x, _PIECE, rng)
-    n = len(x)
-    others = (torch.arange(n) + torch.randint(1, n, (n,), generator=rng)) % n
-    return torch.where(where, x[others.to(x.device)], x)
+def draw_pieces(x: Tensor, rng: torch.Generator, others: Tensor | None = None) -> Tensor:
+    """Images (N, C, H, W) in each of which a rectangle is that of one of `others` (M, C, H, W).
+
+    By default of another one of x, which are at least two then.
+    """
+    where, n = _rectangles(x, _PIECE, rng), len(x)
+    if others is None:
+        others, chosen = x, (torch.arange(n) + torch.randint(1, n, (n,), generator=rng)) % n
+    else:
+        chosen = torch.randint(len(others), (n,), generator=rng)
+    return torch.where(where, others[chosen.to(others.device)].to(x), x)
+
+
+def pieces_for(x: Tensor, others: Tensor | None) -> Callable[[Tensor, torch.Generator], Tensor]:
+    """`draw_pieces` of `others`, by default of x (N, C, H, W) themselves; windows if there are none."""
+    if others is None:
+        return draw_pieces if len(x) > 1 else draw_windows
+    if others.shape[1:] != x.shape[1:]:
+        raise ValueError(f"pieces: expected images {tuple(x.shape[1:])}, got {tuple(others.shape[1:])}")
+    return partial(draw_pieces, others=others) if len(others) else draw_windows
 
 
 def squares(x: Tensor, side: int, rng: torch.Generator) -> Tensor:

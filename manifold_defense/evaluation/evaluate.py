@@ -23,7 +23,7 @@ from torch import Tensor
 from manifold_defense.attacks.objective import evaluation_mode
 from manifold_defense.evaluation.checks import BALLS, CHECKS, OF_THREAT, convergence, examine
 from manifold_defense.evaluation.ledger import UNION, Ledger, Mode, Row
-from manifold_defense.evaluation.outcome import Compute, Outcome, held, in_batches, judged, run_job
+from manifold_defense.evaluation.outcome import Compute, Outcome, held, in_batches, in_rounds, judged, run_job
 from manifold_defense.evaluation.statistics import paired
 from manifold_defense.evaluation.subject import Check
 from manifold_defense.evaluation.suite import CHECKED, SPECS, AttackConfig, Defence, Job, jobs
@@ -165,14 +165,16 @@ def evaluate(
 
     def meet(job: Job, met: Tensor, work: Callable[[Tensor, int], Outcome]) -> None:
         """Let the job meet the images `met` (M,), unless the store knows what comes of it."""
+
+        def once(met: Tensor, more: int) -> Outcome:
+            def part(chunk: int, images: slice) -> tuple[Tensor, ...]:
+                return tuple(work(met[images], seed + more + chunk))
+
+            return Outcome(*compute(part, len(met)))._replace(met=met) if len(met) else Outcome.empty(x)
+
         outcome = store.get(job, met) if store is not None else None
         if outcome is None:
-
-            def part(chunk: int, images: slice) -> tuple[Tensor, ...]:
-                return tuple(work(met[images], seed + chunk))
-
-            outcome = Outcome(*compute(part, len(met))) if len(met) else Outcome.empty(x)
-            outcome = outcome._replace(met=met)
+            outcome = in_rounds(job.rounds, met, once)
             if store is not None:
                 store.put(job, outcome)
         enter(job, outcome)
@@ -181,7 +183,7 @@ def evaluate(
     for job in todo:
 
         def attacked(at: Tensor, seed: int, job: Job = job) -> Outcome:
-            return run_job(job, x[at], y[at], seed)
+            return run_job(job, x[at], y[at], seed, x)
 
         meet(job, ledger.left(job) if job.threat else torch.arange(len(x)), attacked)
     for job in pairs:

@@ -15,9 +15,8 @@ from manifold_defense.evaluation.suite import NO_GRADIENT, Defence, Job
 from manifold_defense.randomised import seeded
 from manifold_defense.rejection import defended
 
-_ROUND_SEEDS = (
-    1_000_003  # between rounds: further apart than any chunks of one; those of the checks lie beyond
-)
+# Between the seeds of rounds: more than a round has chunks. Those of the checks lie beyond all rounds.
+_ROUND_SEEDS = 1_000_003
 
 
 class Outcome(NamedTuple):
@@ -28,7 +27,7 @@ class Outcome(NamedTuple):
     score: Tensor  # (M,) share of the draws in which the deployed model was right: 0 or 1 unless it draws
     size: Tensor  # (M,) of the perturbation, in the unit of the threat (0 if clean)
     cost: Tensor  # (M, 3) of the attack: images passed forward, backward, and drawn by the generator
-    late: Tensor  # (M,) bool, broken in the last of several rounds: the attack has not settled
+    late: Tensor  # (M,) bool, broken in the last two of several rounds: the attack has not settled
     adversarial: Tensor  # (B, C, H, W), the images of score 0, in order
 
     @property
@@ -57,17 +56,22 @@ def in_batches(size: int) -> Compute:
     return compute
 
 
-def attack_images(job: Job, x: Tensor, y: Tensor, seed: int, meter: Meter | None = None) -> Tensor:
+def attack_images(
+    job: Job, x: Tensor, y: Tensor, seed: int, meter: Meter | None = None, pieces: Tensor | None = None
+) -> Tensor:
     """The images (N, C, H, W) that the job's attack makes of x; clean jobs return x.
 
-    Raises RuntimeError if an attack left its threat or [0, 1]: such a figure would be void.
+    `pieces` (M, C, H, W) are images for attacks that take pieces of some, by default those attacked. Raises
+    RuntimeError if an attack left its threat or [0, 1]: such a figure would be void.
     """
     if job.attack is None or job.threat is None or job.view is None:
         return x
     attacked = job.defence.answering if job.view == NO_GRADIENT else job.defence.attacked[job.view]
     press = job.defence.presses(job.view)
     counted = meter.counted if meter else None
-    attack = job.attack.bind(job.threat, seed=seed, press=press, model=attacked, counted=counted)
+    attack = job.attack.bind(
+        job.threat, seed=seed, press=press, model=attacked, counted=counted, pieces=pieces
+    )
     with seeded(attacked, 2 * seed):
         x_adv = attack(counted(attacked) if counted else attacked, x, y)
     return held(job, x, x_adv)
@@ -103,39 +107,55 @@ def judge(defence: Defence, x: Tensor, y: Tensor, *, attacked: bool, seed: int) 
 
 
 @torch.no_grad()
-def run_job(job: Job, x: Tensor, y: Tensor, seed: int) -> Outcome:
-    """Attack images (N, C, H, W) with labels (N,) and judge the result by the deployed model.
+def run_job(job: Job, x: Tensor, y: Tensor, seed: int, pieces: Tensor | None = None) -> Outcome:
+    """Attack images (N, C, H, W) with labels (N,) once and judge the result by the deployed model.
 
-    Round after round, if the attack has some, on what the rounds before it did not break.
+    `pieces` (M, C, H, W) are images for attacks that take pieces of some.
     """
     meter = Meter(job.defence.model)
-    rounds = job.attack.rounds if job.attack else 1
-    x_adv, prediction, score = x.clone(), y.clone(), torch.full((len(x),), torch.inf, device=x.device)
-    left = torch.arange(len(x), device=x.device)
-    for turn in range(rounds):
-        drawn = seed + turn * _ROUND_SEEDS
-        with meter:
-            tried = attack_images(job, x[left], y[left], drawn, meter)
-        answer, reached = _verdict(job, tried, y[left], drawn)
-        lower = reached < score[left]
-        at = left[lower]
-        x_adv[at], prediction[at], score[at] = (
-            tried[lower].to(x),
-            answer[lower].to(y),
-            reached[lower].to(score),
-        )
-        broken, left = left[reached == 0], left[reached > 0]
-        if len(broken) == 0 or len(left) == 0:
+    with meter:
+        x_adv = attack_images(job, x, y, seed, meter, pieces)
+    return _outcome(job, x, x_adv, *_verdict(job, x_adv, y, seed), meter.counts)
+
+
+def in_rounds(rounds: int, met: Tensor, attacked: Callable[[Tensor, int], Outcome]) -> Outcome:
+    """What becomes of images `met` (M,) that are attacked up to so many times, until two in a row break none.
+
+    `attacked` takes those that are left and a seed to add to its own, a different one each time.
+    """
+    found = attacked(met, 0)
+    when = torch.zeros(len(met), dtype=torch.long)
+    broke = [int((found.score == 0).sum())]
+    for turn in range(1, rounds):
+        left = (found.score > 0).nonzero()[:, 0]
+        if len(left) == 0 or broke[-2:] == [0, 0]:
             break
-    late = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    late[broken] = len(left) > 0 and 0 < turn == rounds - 1
-    return _outcome(job, x, x_adv, prediction, score, meter.counts, late)
+        again = attacked(met[left], turn * _ROUND_SEEDS)
+        found = _lowered(found, left, again)
+        when[left[again.score == 0]] = turn
+        broke.append(int((again.score == 0).sum()))
+    open_still = rounds > 1 and bool(found.score.any()) and broke[-2:] != [0, 0]
+    return found._replace(late=open_still & (found.score == 0) & (when >= len(broke) - 2))
+
+
+def _lowered(found: Outcome, at: Tensor, again: Outcome) -> Outcome:
+    """What is known of images once those `at` (L,) of them were attacked `again`: of each the lower score."""
+    lower = again.score < found.score[at]
+    images = dict(zip(found.broken.tolist(), found.adversarial, strict=True))
+    images |= dict(zip(again.broken.tolist(), again.adversarial, strict=True))
+    changed = {
+        name: getattr(found, name).index_put((at[lower],), getattr(again, name)[lower])
+        for name in ("prediction", "score", "size")
+    }
+    cost = found.cost.index_put((at,), again.cost, accumulate=True)
+    merged = found._replace(**changed, cost=cost)
+    ordered = [images[i] for i in merged.broken.tolist()]
+    return merged._replace(adversarial=torch.stack(ordered) if ordered else found.adversarial)
 
 
 def judged(job: Job, x: Tensor, y: Tensor, x_adv: Tensor, seed: int) -> Outcome:
     """The verdict of the job's defence on `x_adv` (N, C, H, W), which were made of x elsewhere."""
-    none = torch.zeros(len(x), dtype=torch.bool)
-    return _outcome(job, x, x_adv, *_verdict(job, x_adv, y, seed), (0.0,) * len(COSTS), none)
+    return _outcome(job, x, x_adv, *_verdict(job, x_adv, y, seed), (0.0,) * len(COSTS))
 
 
 def _verdict(job: Job, x_adv: Tensor, y: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -149,9 +169,9 @@ def _outcome(
     prediction: Tensor,
     score: Tensor,
     costs: tuple[float, ...],
-    late: Tensor,
 ) -> Outcome:
     size = sizes(job.threat.norm if job.threat else "l2", x_adv - x)
     cost = torch.tensor(costs).div(max(len(x), 1)).expand(len(x), len(COSTS))
+    late = torch.zeros(len(x), dtype=torch.bool)
     parts = (torch.arange(len(x)), prediction, score, size, cost, late, x_adv[score == 0])
     return Outcome(*(part.detach().cpu().clone() for part in parts))

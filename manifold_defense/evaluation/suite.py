@@ -74,6 +74,8 @@ class Spec(NamedTuple):
     targets: str | None = None  # the parameter that `AttackConfig.targets` sets
     gradient: bool = True
     random: bool = True  # another seed may find more
+    undrawn: int = 0  # so many of its restarts, the first ones, draw nothing
+    pieces: bool = False  # of other images: it takes a `pieces`
     control: bool = False  # no attack, but what every attack must beat
     # What makes it press on after its own model is fooled, as it must to fool another one.
     pressing: Mapping[str, Any] = _PRESSING
@@ -128,11 +130,16 @@ _TWO_LOSSES = ("ce", "margin", "both")
 SPECS: dict[str, Spec] = {
     "noise": Spec(attacks.noise, _BOTH, "draws", gradient=False, control=True, pressing={}),
     "fgsm": Spec(attacks.fgsm, _BALLS, None, losses=_LOSSES, random=False, pressing={}),
-    "mi_fgsm": Spec(attacks.mi_fgsm, _BOTH, losses=_LOSSES),
+    "mi_fgsm": Spec(attacks.mi_fgsm, _BOTH, losses=_LOSSES, random=False),
     "pgd": Spec(attacks.pgd, _BALLS, restarts="restarts", losses=(*_LOSSES, "both")),
     "apgd": Spec(attacks.apgd, _BALLS, restarts="restarts", losses=_LOSSES, targets="target_classes"),
     "window_pgd": Spec(
-        attacks.window_pgd, _BALLS, restarts="restarts", tries="tries", losses=("both", "ce", "margin")
+        attacks.window_pgd,
+        _BALLS,
+        restarts="restarts",
+        tries="tries",
+        losses=("both", "ce", "margin"),
+        pieces=True,
     ),
     "square_pgd": Spec(
         attacks.square_pgd, _BOTH, restarts="restarts", queries="queries", losses=("both", "ce", "margin")
@@ -144,6 +151,7 @@ SPECS: dict[str, Spec] = {
         tries="tries",
         losses=("both", "ce", "margin"),
         knows=_surrogate,
+        pieces=True,
     ),
     # An image at the boundary of its own model fools no other: ten logits past it.
     "cw": Spec(
@@ -153,18 +161,24 @@ SPECS: dict[str, Spec] = {
     "ddn": Spec(attacks.ddn, ("l2",), random=False, pressing={}),
     "fmn": Spec(attacks.fmn, (*_BALLS, "l0"), random=False, pressing={}),
     "deepfool": Spec(attacks.deepfool, _BOTH, random=False, pressing={}),
-    "fab": Spec(attacks.fab, _BALLS, restarts="restarts", targets="target_classes", pressing={}),
+    "fab": Spec(attacks.fab, _BALLS, restarts="restarts", targets="target_classes", undrawn=1, pressing={}),
     "jsma": Spec(attacks.jsma, ("l0",), None, random=False, pressing={}),
     "pgd_l0": Spec(attacks.pgd_l0, ("l0",), restarts="restarts", losses=_TWO_LOSSES),
     "stroke_search": Spec(
-        attacks.stroke_search, ("l0",), restarts="restarts", tries="tries", queries="queries"
+        attacks.stroke_search, ("l0",), restarts="restarts", tries="tries", queries="queries", pieces=True
     ),
     "patch": Spec(attacks.patch, ("patch",), restarts="restarts", losses=_TWO_LOSSES),
     "feature_matching": Spec(attacks.feature_matching, _BOTH, restarts="restarts", knows=_features),
     # Differentiates the classifier behind the generator, whatever the view.
-    "range": Spec(_range_attack, _BALLS, restarts="restarts", knows=_range, view="exact"),
+    "range": Spec(_range_attack, _BALLS, restarts="restarts", undrawn=1, knows=_range, view="exact"),
     "detector_aware": Spec(
-        attacks.detector_aware, _BOTH, restarts="restarts", knows=_residual, kinds=(RejectingClassifier,)
+        attacks.detector_aware,
+        _BOTH,
+        restarts="restarts",
+        undrawn=1,
+        pieces=True,
+        knows=_residual,
+        kinds=(RejectingClassifier,),
     ),
     "square": Spec(attacks.square, _BOTH, restarts="restarts", gradient=False),
     "sparse_rs": Spec(attacks.sparse_rs, ("l0",), restarts="restarts", gradient=False),
@@ -190,7 +204,8 @@ class AttackConfig:
                of it (0: the attack's own number)
     queries    of square_pgd and stroke_search: beside their gradients (0: the attack's own number)
     rounds     how often it may be tried, each time with other draws on the images that it left; it ends, and
-               has settled, as soon as a round breaks none
+               has settled, as soon as two in a row break none. A model that draws meets one alone: of many
+               tries its own draws would count the luckiest
     views      in which a filter is attacked: through a gradient of its own (see `ManifoldFilter`;
                those that it does not have are passed over, unless it has none of those named: then all
                that it has count), or not at all (unaware: the bare classifier is attacked). None
@@ -225,6 +240,10 @@ class AttackConfig:
             raise ValueError(f"rounds: expected a whole number of at least 1, got {self.rounds!r}")
         if self.rounds > 1 and not spec.random:
             raise ValueError(f"rounds of {self.name}: expected 1, it draws nothing; got {self.rounds}")
+        if self.rounds > 1 and max(self.restarts, 1) <= spec.undrawn:
+            raise ValueError(
+                f"rounds of {self.name}: expected 1 for one restart, which draws nothing; got {self.rounds}"
+            )
         if self.loss and self.loss not in spec.losses:
             known = f"one of {', '.join(spec.losses)}" if spec.losses else "none"
             raise ValueError(f"loss of {self.name}: expected {known}, got {self.loss!r}")
@@ -251,11 +270,12 @@ class AttackConfig:
         press: bool,
         model: Classifier | None = None,
         counted: Callable[[Classifier], Classifier] | None = None,
+        pieces: Tensor | None = None,
     ) -> Attack:
         """The attack within `threat`; with `press` it goes on after its own model is fooled.
 
         `model` is the attacked view, for attacks that look behind it; `counted` puts a counter before
-        what they differentiate there.
+        what they differentiate there; `pieces` (N, C, H, W) are images for those that take pieces of some.
         """
         spec = SPECS[self.name]
         found: dict[str, Any] = {"norm": threat.norm, "eps": threat.eps, "seed": seed}
@@ -268,6 +288,8 @@ class AttackConfig:
             found[spec.targets] = self.targets
         if press:
             found |= spec.pressing
+        if spec.pieces and pieces is not None:
+            found["pieces"] = pieces
         behind = _behind(model)
         if spec.knows and isinstance(behind, spec.kinds):
             found |= spec.knows(behind)
@@ -371,6 +393,10 @@ class Job(NamedTuple):
         if self.threat is None:
             return f"{self.defence.name} clean"
         return f"{self.defence.name} {self.label} {self.view} {self.threat.norm} {self.threat.eps:g}"
+
+    @property
+    def rounds(self) -> int:
+        return self.attack.rounds if self.attack and self.defence.draws == 1 else 1
 
 
 def jobs(

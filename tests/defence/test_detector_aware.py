@@ -129,19 +129,22 @@ def test_a_clean_image_that_is_refused_is_brought_past_the_detector() -> None:
     assert torch.equal(broken, x)
 
 
-@pytest.mark.parametrize(("images", "windows", "pieces"), [(1, 4, 0), (3, 2, 2)])
+@pytest.mark.parametrize(
+    ("images", "given", "windows", "pieces"), [(1, None, 4, 0), (3, None, 2, 2), (1, 2, 2, 2), (3, 0, 4, 0)]
+)
 def test_restarts_begin_at_windows_and_at_pieces_of_other_images(
-    images: int, windows: int, pieces: int, monkeypatch: pytest.MonkeyPatch
+    images: int, given: int | None, windows: int, pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one image alone there are none; once all are found, no model is asked about none."""
+    """Of one image alone there are none but those given; once all are found, no model is asked about none."""
     drawn = list[str]()
     for draw in (window.draw_windows, window.draw_pieces):
 
-        def noted(x: Tensor, rng: torch.Generator, draw: Any = draw) -> Tensor:
+        def noted(x: Tensor, *rest: Any, draw: Any = draw, **more: Any) -> Tensor:
             drawn.append(draw.__name__)
-            return draw(x, rng)
+            return draw(x, *rest, **more)
 
-        monkeypatch.setattr(sys.modules[detector_aware.__module__], draw.__name__, noted)
+        for module in (window, sys.modules[detector_aware.__module__]):
+            monkeypatch.setattr(module, draw.__name__, noted, raising=False)
 
     def asked(x: Tensor) -> Tensor:
         assert len(x)
@@ -149,6 +152,7 @@ def test_restarts_begin_at_windows_and_at_pieces_of_other_images(
 
     x, y = torch.full((images, 1, 8, 8), 0.5), ONES[:images]
     settings: dict[str, Any] = {"residual": lambda x: x.flatten(1).mean(1), "threshold": 1.0, "tries": 1}
+    settings["pieces"] = None if given is None else torch.rand(given, 1, 8, 8)
     assert torch.equal(detector_aware(asked, x, y, eps=1e-4, steps=2, restarts=7, **settings), x)
     assert (drawn.count("draw_windows"), drawn.count("draw_pieces")) == (windows, pieces)
     found = detector_aware(asked, x, y, eps=0.3, steps=5, restarts=7, **settings)

@@ -17,11 +17,13 @@ from manifold_defense.evaluation import (
     Job,
     Outcome,
     attack_images,
+    checks,
     evaluate,
     in_batches,
     run_job,
     wilson,
 )
+from manifold_defense.evaluation.checks import examine
 from manifold_defense.evaluation.ledger import Ledger
 from manifold_defense.evaluation.meter import Meter
 from manifold_defense.evaluation.suite import CHECKED
@@ -294,19 +296,24 @@ class Rising(Push):
 @pytest.mark.parametrize(
     ("strengths", "met", "left", "settled"),
     [
-        # The second round finds nothing more: there it ends.
-        ((0.1, 0.1, 0.3), [[1, 2, 3, 4], [2, 3, 4]], 0.6, True),
-        # So does a first one that finds nothing at all.
-        ((0.05, 0.3), [[1, 2, 3, 4]], 0.8, True),
+        # The second and the third find nothing more: there it ends.
+        ((0.1, 0.1, 0.1, 0.3), [[1, 2, 3, 4], [2, 3, 4], [2, 3, 4]], 0.6, True),
+        # So do the first two, if they find nothing at all.
+        ((0.05, 0.05, 0.3), [[1, 2, 3, 4], [1, 2, 3, 4]], 0.8, True),
+        # One that finds nothing is not enough: this might have been chance.
+        ((0.1, 0.1, 0.2, 0.2, 0.2, 0.3), [[1, 2, 3, 4], [2, 3, 4], [2, 3, 4], [3, 4], [3, 4]], 0.4, True),
         # The last one that it may have still finds one: who knows what another would.
         ((0.1, 0.2, 0.3), [[1, 2, 3, 4], [2, 3, 4], [3, 4]], 0.2, False),
-        # What the last but one found does not matter once the last finds none.
-        ((0.1, 0.2, 0.2), [[1, 2, 3, 4], [2, 3, 4], [3, 4]], 0.4, True),
+        # Or the last but one.
+        ((0.1, 0.2, 0.2), [[1, 2, 3, 4], [2, 3, 4], [3, 4]], 0.4, False),
+        ((0.1, 0.1), [[1, 2, 3, 4], [2, 3, 4]], 0.6, False),
         # A single round says nothing of that.
         ((0.3,), [[1, 2, 3, 4]], 0.2, True),
     ],
 )
-def test_rounds_go_on_until_one_breaks_none(strengths: Any, met: Any, left: float, settled: bool) -> None:
+def test_rounds_go_on_until_two_in_a_row_break_none(
+    strengths: Any, met: Any, left: float, settled: bool
+) -> None:
     x, y = numbered(5)
     attack = Rising.rounds_of(*strengths)
     found = evaluate([Defence.bare("a", Table(A))], [attack], [FAR], x, y, checks=0)
@@ -325,12 +332,71 @@ def test_rounds_go_on_until_one_breaks_none(strengths: Any, met: Any, left: floa
 def test_what_was_broken_before_is_no_sign_that_an_attack_has_not_settled() -> None:
     """In mode full it meets those as well; of a union each threat counts."""
     x, y = numbered(5)
-    once, again = Push.of(0.3, loss="margin"), Rising.rounds_of(0.1, 0.2)
+    once, again = Push.of(0.3, loss="margin"), Rising.rounds_of(0.1, 0.2, 0.2)
     near = Threat("linf", 0.15)  # too near for its second round
     for attacks, settled in (([once, again], True), ([again, once], False)):
         found = evaluate([Defence.bare("a", Table(A))], attacks, [FAR, near], x, y, mode="full", checks=0)
         worst = {(r.norm, r.eps): r.settled for r in found.rows if r.attack == "worst"}
         assert worst == {("linf", 0.5): settled, ("linf", 0.15): True, ("union", 0.0): settled}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_rounds_are_of_all_images_whatever_the_batches(size: int) -> None:
+    """A batch in which a round breaks nothing meets the next with the others, on draws of its own."""
+    x, y = numbered(5)
+    strengths = (0.05, 0.1, 0.1, 0.2, 0.2)
+    whole, parts = Rising.rounds_of(*strengths), Rising.rounds_of(*strengths)
+    met = [[1, 2, 3, 4], [1, 2, 3, 4], [2, 3, 4], [2, 3, 4], [3, 4]]
+    # One of them is met a batch at a time, each of the same strength.
+    times = [-(-len(images) // size) for images in met]
+    strengths_of_parts = [s for s, times in zip(strengths, times, strict=True) for _ in range(times)]
+    object.__setattr__(parts, "strengths", iter(strengths_of_parts))
+    given: dict[str, Any] = {"checks": 0, "seed": 3}
+    together = evaluate([Defence.bare("a", Table(A))], [whole], [FAR], x, y, **given)
+    apart = evaluate([Defence.bare("a", Table(A))], [parts], [FAR], x, y, **given, compute=in_batches(size))
+    assert whole.seen == met
+    assert [i for images in parts.seen for i in images] == [i for images in met for i in images]
+    assert len(set(parts.seeds)) == len(parts.seeds)
+    assert apart.rows == together.rows
+    for one, other in zip(together.outcomes[-1][1], apart.outcomes[-1][1], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_checks_draw_what_no_round_drew(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = numbered(5)
+    defence, longer = Defence.bare("a", Table(A)), Rising.rounds_of(0.3)
+    attack = Rising.rounds_of(*[0.1, 0.2] * 10)
+    evaluate([defence], [attack], [FAR], x, y, checks=0, seed=7, compute=in_batches(1))
+    monkeypatch.setattr(checks, "_LAST", {"linf": (longer,)})
+    left = (x[3:], y[3:], torch.ones(2))
+    examine(defence, FAR, x, y, left=left, seed=7, checks=(checks.convergence,))
+    assert len(attack.seeds) > 4
+    assert len(longer.seeds) == 1
+    assert longer.seeds[0] > max(attack.seeds) + 1_000_003  # and what these add to theirs
+
+
+def test_a_model_that_draws_meets_one_round() -> None:
+    """Tried again and again it would be judged by its least lucky draws."""
+    x, y = numbered(2)
+    attack = Rising.rounds_of(0.2, 0.2, 0.2)
+    defence = Defence("a", Coin(), {"exact": Coin()}, draws=4)
+    found = evaluate([defence], [attack], [FAR], x, y, checks=0)
+    assert (attack.seen, found.rows[-1].robust_accuracy) == ([[0, 1]], 0.5)
+
+
+def test_pieces_are_of_all_images_also_when_few_are_left() -> None:
+    x, y = numbered(5)
+    given = list[Tensor]()
+
+    class Asked(Push):
+        def bind(self, threat: Threat, *, seed: int, press: bool, **more: Any) -> Any:
+            given.append(more["pieces"])
+            return super().bind(threat, seed=seed, press=press)
+
+    attacks = [Asked.of(0.1), Asked.of(0.2, loss="margin")]
+    evaluate([Defence.bare("a", Table(A))], attacks, [FAR], x, y, checks=0, compute=in_batches(2))
+    assert len(given) == 2 + 2
+    assert all(torch.equal(pieces, x) for pieces in given)
 
 
 def test_where_nothing_is_left_nothing_is_open() -> None:
@@ -355,9 +421,13 @@ def test_what_the_checks_broke_is_open_for_that_defence_alone() -> None:
 
 
 def test_an_attack_that_draws_nothing_has_one_round() -> None:
-    for name in ("fgsm", "fmn", "cw", "ddn", "deepfool", "jsma"):
+    for name in ("fgsm", "mi_fgsm", "fmn", "cw", "ddn", "deepfool", "jsma"):
         with pytest.raises(ValueError, match=f"rounds of {name}: expected 1, it draws nothing; got 2"):
             AttackConfig(name, rounds=2)  # type: ignore[arg-type]
+    for name in ("fab", "range", "detector_aware"):
+        with pytest.raises(ValueError, match=f"rounds of {name}: expected 1 for one restart"):
+            AttackConfig(name, rounds=2)  # type: ignore[arg-type]
+        AttackConfig(name, rounds=2, restarts=2)  # type: ignore[arg-type]
     for rounds in (0, -1, 1.5):
         with pytest.raises(ValueError, match="rounds: expected a whole number of at least 1"):
             AttackConfig("pgd", rounds=rounds)  # type: ignore[arg-type]

@@ -65,6 +65,12 @@ def test_a_piece_is_of_another_image(shape: Any) -> None:
         assert (pieces == x[:, 0, 0, 0]).any()
     longest = max(int(own.any(1).sum()) for own in where)
     assert longest == max(1, -(-6 * shape[1] // 10))
+    # Or of one that is given; not of one's own then, of which no image is left out.
+    given = 2 + x[:7]
+    drawn = draw_pieces(x, torch.Generator().manual_seed(0), given)
+    changed = drawn[drawn != x]
+    assert set(changed.tolist()) == set(given[:, 0, 0, 0].tolist())
+    assert torch.equal((drawn != x).flatten(1).any(1), torch.ones(30, dtype=torch.bool))
 
 
 class Texture(nn.Module):
@@ -87,6 +93,10 @@ def test_pieces_break_what_plain_windows_do_not() -> None:
     assert (Texture()(with_pieces).argmax(1) != ONES).all()
     alone = window_pgd(Texture(), x[:1], ONES[:1], restarts=4, **ball)  # of no other image
     assert torch.equal(Texture()(alone).argmax(1), ONES[:1])
+    given = window_pgd(Texture(), x[:1], ONES[:1], restarts=4, pieces=x[2:], **ball)
+    assert (Texture()(given).argmax(1) != ONES[:1]).all()
+    with pytest.raises(ValueError, match=r"^pieces: expected images \(1, 8, 8\), got \(3, 8, 8\)$"):
+        window_pgd(Texture(), x, ONES, pieces=torch.zeros(2, 3, 8, 8))
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("l2", 0.3), ("linf", 0.2), ("l1", 0.7)])
