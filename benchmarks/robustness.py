@@ -214,7 +214,8 @@ def main(
         defences = make_defences(model, filter, presets, instead, baselines)
         for threat in threats:
             started = time.perf_counter()
-            store = JobStore(kept, fabric, digest_of(defences, x[:2])) if kept is not None else None
+            digest = f"{digest_of(defences, x[:2])} {len(x)} {batch}"
+            store = JobStore(kept, fabric, digest) if kept is not None else None
             title = f"{label} {threat.norm}:{threat.eps:g}"
             with progress_bar(title, 0, "jobs", console, shown=console.is_terminal) as advance:
                 evaluation = evaluate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -16,9 +17,9 @@ _FRONT = ("noise", "unaware", "approximate", "exact")  # the columns of attacks,
 _LEGEND = (
     "unaware: attacks that know the classifier alone. approximate: another gradient in place of the "
     "defence's own. exact: its own. worst of all: image by image, after those without gradients as well; the "
-    "only figure of robustness. *: trained for this threat. ≤: the last that was tried still broke some, and "
-    "more of the same may. (masked): the figure is too high, gradients are hidden or longer attacks break "
-    "many more."
+    "only figure of robustness. *: trained for this threat. ≤: the last rounds of an attack, or the checks, "
+    "still broke some, and more of the same may. (masked): the figure is too high, gradients are hidden or "
+    "longer attacks break many more."
 )
 _NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1", "l0": "L0", "union": "union of all threats"}
 
@@ -57,8 +58,8 @@ def _line(defence: str, clean: Mapping[str, Any], rows: Rows) -> tuple[str, ...]
     worst = next(r for r in own if r["attack"] == "worst")
 
     def lowest(column: str) -> str:
-        found = [r["robust_accuracy"] for r in own if _column(r) == column]
-        return percent(min(found)) if found else "–"
+        found = [r for r in own if _column(r) == column]
+        return _at_most(min(found, key=itemgetter("robust_accuracy"))) if found else "–"
 
     return (
         f"{defence}{' *' if worst['trained'] else ''}",

@@ -30,6 +30,7 @@ SMALL = (
     'evaluate.baselines=["binarise","encoder"]',
     'evaluate.attacks=[{name="noise",steps=2},{name="fgsm"},{name="pgd",steps=3,loss="both",restarts=2,'
     'views=["unaware","start","identity","tangent","exact"]},'
+    '{name="window_pgd",steps=2,restarts=4,tries=2,rounds=3,views=["exact"]},'
     '{name="cw",steps=3,restarts=1,views=["exact"]},{name="square",steps=5}]',
 )
 

@@ -74,7 +74,7 @@ def detector_aware(
     limit = threshold - _INSIDE * abs(threshold) if math.isfinite(threshold) else threshold
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()
-    best, draw_piece = x.clone(), pieces_for(x, pieces)
+    best, draw_piece = x.clone(), pieces_for(x, pieces, draw_windows)
 
     def place(clean: Tensor, drawn: Tensor) -> Tensor:
         return shape.place(clean, drawn, eps, (0.0, 1.0))

@@ -20,7 +20,7 @@ def feature_matching(
     y: Tensor,
     *,
     features: Callable[[Tensor], Tensor],
-    candidates: tuple[Tensor, Tensor] | None = None,
+    candidates: Tensor | tuple[Tensor, Tensor] | None = None,
     norm: Norm = "linf",
     eps: float = 0.3,
     step_size: float | None = None,
@@ -35,8 +35,8 @@ def feature_matching(
 
     `features` φ takes images to (N, ...) and is all that is differentiated: the filter's G(z*), say,
     where the classifier behind it, or the choice between them, masks its own gradient. `candidates` are
-    images (M, C, H, W) and their labels (M,); by default the batch itself, as the model classifies it,
-    and then an image's result depends on its neighbours. Restart r aims at the candidate that is r-th
+    images (M, C, H, W), and their labels (M,) or else as the model classifies them; by default the batch
+    itself, and then an image's result depends on its neighbours. Restart r aims at the candidate that is r-th
     nearest in φ; targets take candidates of their class alone, and an image that has none comes back as
     it was. Of all iterates that with the highest margin of `model` is kept. Steps as in `pgd`.
     """
@@ -56,8 +56,9 @@ def feature_matching(
                 goals, allowed = mine, _allowed(logits.argmax(1), y, targeted)
                 allowed.fill_diagonal_(False)
             else:
-                goals = features(candidates[0]).flatten(1)
-                allowed = _allowed(candidates[1], y, targeted)
+                if isinstance(candidates, Tensor):
+                    candidates = candidates, model(candidates).argmax(1)
+                goals, allowed = features(candidates[0]).flatten(1), _allowed(candidates[1], y, targeted)
         order, available = _nearest(mine, goals, allowed)
         best_margin = margins(logits, y, targeted)
         found = clearly(best_margin, logits)

@@ -152,7 +152,7 @@ def stroke_search(
     x = x.detach()
     begun = itertools.count()
     draw_stroke = partial(draw_strokes, count=count)
-    draw_piece = pieces_for(x, pieces) if pieces is not None or len(x) > 1 else draw_stroke
+    draw_piece = pieces_for(x, pieces, draw_stroke)
 
     def place(clean: Tensor, drawn: Tensor) -> Tensor:
         return _nearest_sparse(drawn, clean, count)

@@ -15,6 +15,9 @@ from manifold_defense.attacks.norms import column, geometry
 from manifold_defense.attacks.objective import margins
 from manifold_defense.types import Classifier, Norm
 
+# Of images (N, C, H, W) as many others, by what is drawn.
+Drawing = Callable[[Tensor, torch.Generator], Tensor]
+
 # The longest side of a window, and of one that holds a piece of another image, as shares of the image's.
 _WINDOW, _PIECE = 0.3, 0.6
 
@@ -61,7 +64,7 @@ def window_pgd(
     def place(clean: Tensor, drawn: Tensor) -> Tensor:
         return shape.place(clean, drawn, eps, (0.0, 1.0))
 
-    draw_piece = pieces_for(x, pieces)
+    draw_piece = pieces_for(x, pieces, draw_windows)
 
     def start(rows: Tensor) -> Tensor:
         # Two and two, since two losses take turns.
@@ -88,7 +91,7 @@ def window_pgd(
 @torch.no_grad()
 def best_drawn(
     model: Classifier,
-    draw: Callable[[Tensor, torch.Generator], Tensor],
+    draw: Drawing,
     place: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
     y: Tensor,
@@ -119,25 +122,34 @@ def draw_windows(x: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def draw_pieces(x: Tensor, rng: torch.Generator, others: Tensor | None = None) -> Tensor:
-    """Images (N, C, H, W) in each of which a rectangle is that of one of `others` (M, C, H, W).
+    """Images (N, C, H, W) in each of which a rectangle is that of another one, of `others` (M, C, H, W).
 
-    By default of another one of x, which are at least two then.
+    By default of x; they are at least two.
     """
     where, n = _rectangles(x, _PIECE, rng), len(x)
     if others is None:
-        others, chosen = x, (torch.arange(n) + torch.randint(1, n, (n,), generator=rng)) % n
+        piece = x[(torch.arange(n) + torch.randint(1, n, (n,), generator=rng)).to(x.device) % n]
     else:
-        chosen = torch.randint(len(others), (n,), generator=rng)
-    return torch.where(where, others[chosen.to(others.device)].to(x), x)
+        chosen = torch.randint(len(others), (n,), generator=rng).to(others.device)
+        piece = others[chosen].to(x)
+        same = (piece == x).flatten(1).all(1)  # they may be among them
+        piece = torch.where(column(same, x), others[(chosen + 1) % len(others)].to(x), piece)
+    return torch.where(where, piece, x)
 
 
-def pieces_for(x: Tensor, others: Tensor | None) -> Callable[[Tensor, torch.Generator], Tensor]:
-    """`draw_pieces` of `others`, by default of x (N, C, H, W) themselves; windows if there are none."""
-    if others is None:
-        return draw_pieces if len(x) > 1 else draw_windows
-    if others.shape[1:] != x.shape[1:]:
+def pieces_for(x: Tensor, others: Tensor | None, instead: Drawing) -> Drawing:
+    """`draw_pieces` of `others` if each image of x (N, C, H, W) has another there, or of x, or `instead`."""
+    if others is not None and others.shape[1:] != x.shape[1:]:
         raise ValueError(f"pieces: expected images {tuple(x.shape[1:])}, got {tuple(others.shape[1:])}")
-    return partial(draw_pieces, others=others) if len(others) else draw_windows
+    if others is not None and _has_another(others, x):
+        return partial(draw_pieces, others=others)
+    return draw_pieces if len(x) > 1 else instead
+
+
+def _has_another(others: Tensor, x: Tensor) -> bool:
+    if len(others) == 1:
+        return bool((others != x).flatten(1).any(1).all())
+    return len(others) > 1
 
 
 def squares(x: Tensor, side: int, rng: torch.Generator) -> Tensor:

@@ -279,7 +279,7 @@ def convergence(s: Subject) -> Check:
     for config in last:
         at = (score > 0).nonzero()[:, 0]
         if len(at):
-            attack = config.bind(s.threat, seed=seed, press=press, model=s.defence.strongest, pieces=s.x)
+            attack = config.bind(s.threat, seed=seed, press=press, model=s.defence.strongest, others=s.x)
             x_adv = attack(s.defence.strongest, x[at], y[at])
             found = s.score(x_adv, y[at], draws)
             lower = found < score[at]

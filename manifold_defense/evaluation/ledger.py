@@ -28,8 +28,8 @@ class Row:
                      left, in mode full what it alone left
     trained          whether the defence was trained for this threat
     masked           whether a check found that the figure is no robustness figure
-    settled          whether nothing was still found at the end: by the last of an attack's rounds, or by the
-                     checks; more of the same may lower a figure that has not
+    settled          whether nothing was still found at the end: by the last two of an attack's rounds, or by
+                     the checks; more of the same may lower a figure that has not
     forward …        cost of the attack for all images together
     """
 
@@ -82,14 +82,17 @@ class Ledger:
             self._add(job, outcome.score, outcome)
             return
         alone, before = _lowered(self._before(job), outcome), self._scores(job)
-        at_the_end = outcome.score == 0 if job.view == CHECKED else outcome.late
-        if (at_the_end & (before[outcome.met] > 0)).any():
+        at_the_end = outcome.late | (outcome.score < before[outcome.met]) & (job.view == CHECKED)
+        settled = not (at_the_end & (before[outcome.met] > 0)).any()
+        if job.attack and job.rounds < job.attack.rounds:
+            settled = not alone.any()
+        if not settled:
             self._unsettled.add((name, job.threat))
         self.worst[name, job.threat] = _lowered(before, outcome)
         known = self.broken.setdefault((name, job.threat), {})
         for i, image in zip(outcome.broken.tolist(), outcome.adversarial, strict=True):
             known.setdefault(i, image)
-        self._add(job, alone, outcome)
+        self._add(job, alone, outcome, settled)
 
     def worst_rows(self, defences: Sequence[Defence]) -> Iterator[Row]:
         """Of each defence: what survives everything of each threat, and of all threats."""
@@ -108,9 +111,10 @@ class Ledger:
         """Whether nothing was found at the end that lowered scores (N,), or nothing is left to be found."""
         return not score.any() or not any((defence.name, threat) in self._unsettled for threat in threats)
 
-    def _add(self, job: Job, score: Tensor, outcome: Outcome) -> None:
+    def _add(self, job: Job, score: Tensor, outcome: Outcome, settled: bool = True) -> None:
         cost = dict(zip(COSTS, outcome.cost.sum(0).tolist(), strict=True))
-        self.rows.append(replace(_row(job.defence, job.label, job.view, score, job.threat), **cost))
+        row = _row(job.defence, job.label, job.view, score, job.threat)
+        self.rows.append(replace(row, settled=settled, **cost))
 
     def _before(self, job: Job) -> Tensor:
         """Scores (N,) that the job is to lower."""

@@ -57,11 +57,11 @@ def in_batches(size: int) -> Compute:
 
 
 def attack_images(
-    job: Job, x: Tensor, y: Tensor, seed: int, meter: Meter | None = None, pieces: Tensor | None = None
+    job: Job, x: Tensor, y: Tensor, seed: int, meter: Meter | None = None, others: Tensor | None = None
 ) -> Tensor:
     """The images (N, C, H, W) that the job's attack makes of x; clean jobs return x.
 
-    `pieces` (M, C, H, W) are images for attacks that take pieces of some, by default those attacked. Raises
+    `others` (M, C, H, W) are images for attacks that borrow from some, by default those attacked. Raises
     RuntimeError if an attack left its threat or [0, 1]: such a figure would be void.
     """
     if job.attack is None or job.threat is None or job.view is None:
@@ -70,7 +70,7 @@ def attack_images(
     press = job.defence.presses(job.view)
     counted = meter.counted if meter else None
     attack = job.attack.bind(
-        job.threat, seed=seed, press=press, model=attacked, counted=counted, pieces=pieces
+        job.threat, seed=seed, press=press, model=attacked, counted=counted, others=others
     )
     with seeded(attacked, 2 * seed):
         x_adv = attack(counted(attacked) if counted else attacked, x, y)
@@ -107,14 +107,14 @@ def judge(defence: Defence, x: Tensor, y: Tensor, *, attacked: bool, seed: int) 
 
 
 @torch.no_grad()
-def run_job(job: Job, x: Tensor, y: Tensor, seed: int, pieces: Tensor | None = None) -> Outcome:
+def run_job(job: Job, x: Tensor, y: Tensor, seed: int, others: Tensor | None = None) -> Outcome:
     """Attack images (N, C, H, W) with labels (N,) once and judge the result by the deployed model.
 
-    `pieces` (M, C, H, W) are images for attacks that take pieces of some.
+    `others` (M, C, H, W) are images for attacks that borrow from some.
     """
     meter = Meter(job.defence.model)
     with meter:
-        x_adv = attack_images(job, x, y, seed, meter, pieces)
+        x_adv = attack_images(job, x, y, seed, meter, others)
     return _outcome(job, x, x_adv, *_verdict(job, x_adv, y, seed), meter.counts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -74,8 +75,8 @@ class Spec(NamedTuple):
     targets: str | None = None  # the parameter that `AttackConfig.targets` sets
     gradient: bool = True
     random: bool = True  # another seed may find more
-    undrawn: int = 0  # so many of its restarts, the first ones, draw nothing
-    pieces: bool = False  # of other images: it takes a `pieces`
+    cycle: int = 1  # after so many restarts it has begun in every way that it has
+    others: str | None = None  # the parameter that takes images other than those attacked
     control: bool = False  # no attack, but what every attack must beat
     # What makes it press on after its own model is fooled, as it must to fool another one.
     pressing: Mapping[str, Any] = _PRESSING
@@ -139,7 +140,8 @@ SPECS: dict[str, Spec] = {
         restarts="restarts",
         tries="tries",
         losses=("both", "ce", "margin"),
-        pieces=True,
+        cycle=4,
+        others="pieces",
     ),
     "square_pgd": Spec(
         attacks.square_pgd, _BOTH, restarts="restarts", queries="queries", losses=("both", "ce", "margin")
@@ -151,7 +153,8 @@ SPECS: dict[str, Spec] = {
         tries="tries",
         losses=("both", "ce", "margin"),
         knows=_surrogate,
-        pieces=True,
+        cycle=4,
+        others="pieces",
     ),
     # An image at the boundary of its own model fools no other: ten logits past it.
     "cw": Spec(
@@ -161,22 +164,24 @@ SPECS: dict[str, Spec] = {
     "ddn": Spec(attacks.ddn, ("l2",), random=False, pressing={}),
     "fmn": Spec(attacks.fmn, (*_BALLS, "l0"), random=False, pressing={}),
     "deepfool": Spec(attacks.deepfool, _BOTH, random=False, pressing={}),
-    "fab": Spec(attacks.fab, _BALLS, restarts="restarts", targets="target_classes", undrawn=1, pressing={}),
+    "fab": Spec(attacks.fab, _BALLS, restarts="restarts", targets="target_classes", cycle=2, pressing={}),
     "jsma": Spec(attacks.jsma, ("l0",), None, random=False, pressing={}),
     "pgd_l0": Spec(attacks.pgd_l0, ("l0",), restarts="restarts", losses=_TWO_LOSSES),
     "stroke_search": Spec(
-        attacks.stroke_search, ("l0",), restarts="restarts", tries="tries", queries="queries", pieces=True
+        attacks.stroke_search, ("l0",), restarts="restarts", tries="tries", queries="queries", others="pieces"
     ),
     "patch": Spec(attacks.patch, ("patch",), restarts="restarts", losses=_TWO_LOSSES),
-    "feature_matching": Spec(attacks.feature_matching, _BOTH, restarts="restarts", knows=_features),
+    "feature_matching": Spec(
+        attacks.feature_matching, _BOTH, restarts="restarts", others="candidates", knows=_features
+    ),
     # Differentiates the classifier behind the generator, whatever the view.
-    "range": Spec(_range_attack, _BALLS, restarts="restarts", undrawn=1, knows=_range, view="exact"),
+    "range": Spec(_range_attack, _BALLS, restarts="restarts", cycle=2, knows=_range, view="exact"),
     "detector_aware": Spec(
         attacks.detector_aware,
         _BOTH,
         restarts="restarts",
-        undrawn=1,
-        pieces=True,
+        cycle=4,
+        others="pieces",
         knows=_residual,
         kinds=(RejectingClassifier,),
     ),
@@ -204,8 +209,9 @@ class AttackConfig:
                of it (0: the attack's own number)
     queries    of square_pgd and stroke_search: beside their gradients (0: the attack's own number)
     rounds     how often it may be tried, each time with other draws on the images that it left; it ends, and
-               has settled, as soon as two in a row break none. A model that draws meets one alone: of many
-               tries its own draws would count the luckiest
+               has settled, as soon as two in a row break none. A defence whose `draws` are more than one
+               meets one round alone, since of many tries the lowest share of its draws would count; it has
+               not settled then
     views      in which a filter is attacked: through a gradient of its own (see `ManifoldFilter`;
                those that it does not have are passed over, unless it has none of those named: then all
                that it has count), or not at all (unaware: the bare classifier is attacked). None
@@ -240,9 +246,10 @@ class AttackConfig:
             raise ValueError(f"rounds: expected a whole number of at least 1, got {self.rounds!r}")
         if self.rounds > 1 and not spec.random:
             raise ValueError(f"rounds of {self.name}: expected 1, it draws nothing; got {self.rounds}")
-        if self.rounds > 1 and max(self.restarts, 1) <= spec.undrawn:
+        if self.rounds > 1 and self._restarts < self._cycle:
             raise ValueError(
-                f"rounds of {self.name}: expected 1 for one restart, which draws nothing; got {self.rounds}"
+                f"rounds of {self.name}: expected 1 unless it has {self._cycle} restarts, which differ in "
+                f"how they begin or what they climb; got {self.rounds} with {self._restarts}"
             )
         if self.loss and self.loss not in spec.losses:
             known = f"one of {', '.join(spec.losses)}" if spec.losses else "none"
@@ -251,6 +258,19 @@ class AttackConfig:
             raise ValueError(f"targets of {self.name}: expected 0, it aims at none; got {self.targets}")
         if not set(self.views) <= set(ORDER):
             raise ValueError(f"views: expected some of {', '.join(ORDER)}, got {list(self.views)}")
+
+    @property
+    def _restarts(self) -> int:
+        """Its own number, if none is set."""
+        spec = SPECS[self.name]
+        known = inspect.signature(spec.function).parameters.get(spec.restarts or "")
+        return self.restarts or (known.default if known else 1)
+
+    @property
+    def _cycle(self) -> int:
+        spec = SPECS[self.name]
+        climbed = self.loss or (spec.losses[0] if spec.losses else "")
+        return max(spec.cycle, 2 if climbed == "both" else 1)
 
     @property
     def label(self) -> str:
@@ -270,12 +290,12 @@ class AttackConfig:
         press: bool,
         model: Classifier | None = None,
         counted: Callable[[Classifier], Classifier] | None = None,
-        pieces: Tensor | None = None,
+        others: Tensor | None = None,
     ) -> Attack:
         """The attack within `threat`; with `press` it goes on after its own model is fooled.
 
         `model` is the attacked view, for attacks that look behind it; `counted` puts a counter before
-        what they differentiate there; `pieces` (N, C, H, W) are images for those that take pieces of some.
+        what they differentiate there; `others` (N, C, H, W) are images for those that borrow from some.
         """
         spec = SPECS[self.name]
         found: dict[str, Any] = {"norm": threat.norm, "eps": threat.eps, "seed": seed}
@@ -288,8 +308,8 @@ class AttackConfig:
             found[spec.targets] = self.targets
         if press:
             found |= spec.pressing
-        if spec.pieces and pieces is not None:
-            found["pieces"] = pieces
+        if spec.others and others is not None:
+            found[spec.others] = others
         behind = _behind(model)
         if spec.knows and isinstance(behind, spec.kinds):
             found |= spec.knows(behind)

@@ -130,7 +130,8 @@ def test_a_clean_image_that_is_refused_is_brought_past_the_detector() -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "given", "windows", "pieces"), [(1, None, 4, 0), (3, None, 2, 2), (1, 2, 2, 2), (3, 0, 4, 0)]
+    ("images", "given", "windows", "pieces"),
+    [(1, None, 4, 0), (3, None, 2, 2), (1, 2, 2, 2), (3, 1, 2, 2), (3, 0, 2, 2), (1, 0, 4, 0)],
 )
 def test_restarts_begin_at_windows_and_at_pieces_of_other_images(
     images: int, given: int | None, windows: int, pieces: int, monkeypatch: pytest.MonkeyPatch

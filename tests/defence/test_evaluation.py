@@ -275,21 +275,28 @@ def test_what_breaks_one_defence_is_tried_on_the_others() -> None:
 
 
 class Rising(Push):
-    """An attack whose rounds have these strengths; `seeds` are theirs."""
+    """An attack whose rounds have these strengths; `seeds` are theirs, and `others` what they may borrow from."""
 
     strengths: Iterator[float]
     seeds: list[int]
+    others: list[Tensor]
 
     @classmethod
     def rounds_of(cls, *strengths: float) -> "Rising":
         made = cls("pgd", rounds=len(strengths))
-        for name, value in (("strengths", itertools.cycle(strengths)), ("seen", []), ("seeds", [])):
+        for name, value in (
+            ("strengths", itertools.cycle(strengths)),
+            ("seen", []),
+            ("seeds", []),
+            ("others", []),
+        ):
             object.__setattr__(made, name, value)
         return made
 
     def bind(self, threat: Threat, *, seed: int, press: bool, **more: Any) -> Any:
         object.__setattr__(self, "strength", next(self.strengths))
         self.seeds.append(seed)
+        self.others.append(more["others"])
         return super().bind(threat, seed=seed, press=press)
 
 
@@ -320,7 +327,7 @@ def test_rounds_go_on_until_two_in_a_row_break_none(
     assert attack.seen == met
     assert len(set(attack.seeds)) == len(met)
     assert [r.robust_accuracy for r in found.rows] == [0.8, left, left]
-    assert [r.settled for r in found.rows] == [True, True, settled]
+    assert [r.settled for r in found.rows] == [True, settled, settled]
     (outcome,) = (outcome for job, outcome in found.outcomes if job.attack)
     # Of every image what became of it in the round that broke it, or in the first.
     for i, at, score in zip(outcome.met.tolist(), outcome.size.tolist(), outcome.score.tolist(), strict=True):
@@ -373,6 +380,7 @@ def test_the_checks_draw_what_no_round_drew(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(attack.seeds) > 4
     assert len(longer.seeds) == 1
     assert longer.seeds[0] > max(attack.seeds) + 1_000_003  # and what these add to theirs
+    assert torch.equal(longer.others[0], x[1:])  # those that are right, not those left alone
 
 
 def test_a_model_that_draws_meets_one_round() -> None:
@@ -382,21 +390,15 @@ def test_a_model_that_draws_meets_one_round() -> None:
     defence = Defence("a", Coin(), {"exact": Coin()}, draws=4)
     found = evaluate([defence], [attack], [FAR], x, y, checks=0)
     assert (attack.seen, found.rows[-1].robust_accuracy) == ([[0, 1]], 0.5)
+    assert not found.rows[-1].settled  # by fewer tries than others meet
 
 
-def test_pieces_are_of_all_images_also_when_few_are_left() -> None:
+def test_others_are_all_images_also_when_few_are_left() -> None:
     x, y = numbered(5)
-    given = list[Tensor]()
-
-    class Asked(Push):
-        def bind(self, threat: Threat, *, seed: int, press: bool, **more: Any) -> Any:
-            given.append(more["pieces"])
-            return super().bind(threat, seed=seed, press=press)
-
-    attacks = [Asked.of(0.1), Asked.of(0.2, loss="margin")]
-    evaluate([Defence.bare("a", Table(A))], attacks, [FAR], x, y, checks=0, compute=in_batches(2))
-    assert len(given) == 2 + 2
-    assert all(torch.equal(pieces, x) for pieces in given)
+    attack = Rising.rounds_of(0.1, 0.2, 0.2)
+    evaluate([Defence.bare("a", Table(A))], [attack], [FAR], x, y, checks=0, compute=in_batches(3))
+    assert len(attack.seen) > 3
+    assert all(torch.equal(others, x) for others in attack.others)
 
 
 def test_where_nothing_is_left_nothing_is_open() -> None:
@@ -418,19 +420,53 @@ def test_what_the_checks_broke_is_open_for_that_defence_alone() -> None:
     ledger.enter(job, broken)
     found = [(r.defence, r.robust_accuracy, r.settled) for r in ledger.worst_rows(defences)]
     assert found == [("a", 0.4, False), ("b", 0.6, True)]
+    # Of a model that draws a lower share is enough.
+    job, before = Job(defences[1], Push.of(0.2), CHECKED, FAR), ledger.worst["b", FAR].clone()
+    none = broken._replace(score=before[left], adversarial=x[:0])
+    ledger.enter(job, none)
+    assert [r.settled for r in ledger.worst_rows(defences)] == [False, True]
+    ledger.enter(job, none._replace(score=before[left] - torch.tensor([0.1, 0.0, 0.0])))
+    assert [r.settled for r in ledger.worst_rows(defences)] == [False, False]
 
 
 def test_an_attack_that_draws_nothing_has_one_round() -> None:
     for name in ("fgsm", "mi_fgsm", "fmn", "cw", "ddn", "deepfool", "jsma"):
         with pytest.raises(ValueError, match=f"rounds of {name}: expected 1, it draws nothing; got 2"):
             AttackConfig(name, rounds=2)  # type: ignore[arg-type]
-    for name in ("fab", "range", "detector_aware"):
-        with pytest.raises(ValueError, match=f"rounds of {name}: expected 1 for one restart"):
-            AttackConfig(name, rounds=2)  # type: ignore[arg-type]
-        AttackConfig(name, rounds=2, restarts=2)  # type: ignore[arg-type]
     for rounds in (0, -1, 1.5):
         with pytest.raises(ValueError, match="rounds: expected a whole number of at least 1"):
             AttackConfig("pgd", rounds=rounds)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "least"),
+    [
+        ("pgd", "", 1),
+        ("pgd", "both", 2),
+        ("apgd", "", 1),
+        ("fab", "", 2),  # the first draws nothing
+        ("range", "", 2),
+        ("window_pgd", "ce", 4),  # two of windows, two of pieces
+        ("transfer_pgd", "", 4),
+        ("detector_aware", "", 4),
+        ("stroke_search", "", 1),  # each begins in every way
+        ("square_pgd", "", 2),
+        ("feature_matching", "", 1),
+        ("corruption", "", 1),
+    ],
+)
+def test_a_round_begins_in_every_way_that_an_attack_has(name: Any, loss: Any, least: int) -> None:
+    """Each round begins anew: with fewer restarts some would never be tried, and yet it would settle."""
+    for restarts in range(1, least):
+        words = f"^rounds of {name}: expected 1 unless it has {least} restarts, .* got 2 with {restarts}$"
+        with pytest.raises(ValueError, match=words):
+            AttackConfig(name, rounds=2, restarts=restarts, loss=loss)
+    AttackConfig(name, rounds=2, restarts=least if least > 1 else 0, loss=loss)
+    if name == "transfer_pgd":  # its own number is two
+        with pytest.raises(ValueError, match="got 2 with 2"):
+            AttackConfig(name, rounds=2)
+    if name == "window_pgd":
+        AttackConfig(name, rounds=2)
 
 
 def test_of_a_model_that_draws_every_draw_is_paid_for_and_its_mean_is_asked() -> None:

@@ -65,12 +65,17 @@ def test_a_piece_is_of_another_image(shape: Any) -> None:
         assert (pieces == x[:, 0, 0, 0]).any()
     longest = max(int(own.any(1).sum()) for own in where)
     assert longest == max(1, -(-6 * shape[1] // 10))
-    # Or of one that is given; not of one's own then, of which no image is left out.
+    # Or of one that is given.
     given = 2 + x[:7]
     drawn = draw_pieces(x, torch.Generator().manual_seed(0), given)
     changed = drawn[drawn != x]
     assert set(changed.tolist()) == set(given[:, 0, 0, 0].tolist())
     assert torch.equal((drawn != x).flatten(1).any(1), torch.ones(30, dtype=torch.bool))
+    # Of those that it is itself among, of another.
+    for rows in (slice(0, 1), slice(1, 2), slice(0, 2)):
+        for seed in range(20):
+            drawn = draw_pieces(x[rows], torch.Generator().manual_seed(seed), x[:2])
+            assert (drawn != x[rows]).flatten(1).any(1).all()
 
 
 class Texture(nn.Module):
@@ -93,6 +98,8 @@ def test_pieces_break_what_plain_windows_do_not() -> None:
     assert (Texture()(with_pieces).argmax(1) != ONES).all()
     alone = window_pgd(Texture(), x[:1], ONES[:1], restarts=4, **ball)  # of no other image
     assert torch.equal(Texture()(alone).argmax(1), ONES[:1])
+    itself = window_pgd(Texture(), x[:1], ONES[:1], restarts=4, pieces=x[:1], **ball)
+    assert torch.equal(itself, alone)
     given = window_pgd(Texture(), x[:1], ONES[:1], restarts=4, pieces=x[2:], **ball)
     assert (Texture()(given).argmax(1) != ONES[:1]).all()
     with pytest.raises(ValueError, match=r"^pieces: expected images \(1, 8, 8\), got \(3, 8, 8\)$"):
