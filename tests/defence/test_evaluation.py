@@ -275,7 +275,7 @@ def test_what_breaks_one_defence_is_tried_on_the_others() -> None:
 
 
 class Rising(Push):
-    """An attack whose rounds have these strengths; `seeds` are theirs, and `others` what they may borrow from."""
+    """An attack whose rounds have these strengths; `seeds` are theirs, `others` what it may borrow from."""
 
     strengths: Iterator[float]
     seeds: list[int]

@@ -37,7 +37,7 @@ def test_the_table_holds_every_cell(finished):
     defences += ["filter", "filter+reject", "hardened", "hardened+filter", "hardened+mixed"]
     assert list(dict.fromkeys(r["defence"] for r in table)) == defences
     for norm, eps in (("linf", 0.15), ("l2", 1.0)):
-        gradient = ["fgsm", "pgd"] + (["cw"] if norm == "l2" else [])
+        gradient = ["fgsm", "pgd", "window_pgd"] + (["cw"] if norm == "l2" else [])
         for defence in ("filter", "hardened+filter", "hardened+mixed"):
             cells = [r for r in table if (r["defence"], r["norm"], r["eps"]) == (defence, norm, eps)]
             transfers = {f"transfer from {other}" for other in defences if other != defence}
@@ -47,7 +47,7 @@ def test_the_table_holds_every_cell(finished):
             everything = {"unaware", "start", "identity", "tangent", "exact"}
             assert views["pgd"] == everything
             assert views["fgsm"] == everything | {"implicit", "gauss_newton"}
-            assert views.get("cw", {"exact"}) == {"exact"}
+            assert views["window_pgd"] == views.get("cw", {"exact"}) == {"exact"}
     assert {r["defence"] for r in table if r["norm"] == "union"} == set(defences)
     assert all(r["n"] == 20 and r["ci_low"] <= r["robust_accuracy"] <= r["ci_high"] for r in table)
     trained = {(r["defence"], r["norm"]) for r in table if r["trained"]}
