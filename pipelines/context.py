@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -54,6 +55,9 @@ def make_fabric(config: FabricConfig) -> Fabric:
         )
     except Exception as error:  # Fabric has many kinds for what it cannot provide
         raise ConfigError(f"fabric: {one_line(error)}") from None
+    most = max(2, os.cpu_count() or 1)  # Fabric starts as many processes as it is told
+    if fabric.device.type == "cpu" and isinstance(devices, int) and devices > most:
+        raise ConfigError(f"fabric: devices: expected at most {most} processes on this CPU, got {devices}")
     fabric.launch()
     return fabric
 

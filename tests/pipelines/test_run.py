@@ -201,6 +201,11 @@ def test_two_commands_do_not_work_on_one_run(run_folder):
         (["run", "--nothing"], 2, "No such option"),
         (["train-gan", "--set", "fabric.accelerator=abacus"], 2, "fabric: "),
         (["train-gan", "--set", "fabric.devices=0"], 2, "fabric: "),
+        (
+            ["train-gan", "--set", "fabric.accelerator=cpu", "--set", "fabric.devices=9999"],
+            2,
+            "fabric: devices: expected at most ",
+        ),
         (["train-gan", "--set", "fabric.strategy=luck"], 2, "fabric: "),
         (
             ["filter", "missing.png", "out.png", "--filter", "nowhere"],
