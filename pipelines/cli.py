@@ -116,7 +116,7 @@ def stages(config_file: Path | None, settings: tuple[str, ...], run_name: str | 
         table.add_column(column, justify="right" if column == "seconds" else "left")
     for name, (folder, plan, status) in statuses(config).items():
         facts = folder.facts()
-        why = plan.difference(facts) if status == "stale" and facts else ""
+        why = folder.difference(plan, facts) if status == "stale" and facts else ""
         seconds = f"{facts['seconds']:.0f}" if facts and status in ("cached", "stale") else ""
         table.add_row(name, status, seconds, STAGES[name].summary, why)
     console.print(table)

@@ -22,9 +22,8 @@ from pipelines.config import Config, FabricConfig
 from pipelines.data import Dataset, ImageData, augment, load_data, one_line, subset, to_float
 from pipelines.progress import progress_bar
 from pipelines.settings import ConfigError
-from pipelines.stage import StageError
+from pipelines.stage import STATE, StageError
 
-STATE = "state.ckpt"
 # A training saves its state, and its board gets scalars and pictures, so many times over its length.
 SAVES, SCALARS = 20, 200
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -69,19 +70,20 @@ def _intention(name: str, folder: StageFolder, plan: Plan, status: Status, force
     if status == "stale" and not force:
         facts = folder.facts()
         assert facts is not None
-        raise StageError(
-            f"{name}: {folder.done} was made with other settings: {plan.difference(facts)}; "
-            "--force makes it anew, --run NAME keeps both"
-        )
+        raise _outdated(name, folder, plan, facts)
     begun = folder.begun()
-    if begun is not None and begun.get("fingerprint") == plan.fingerprint:
+    if folder.fits(plan, begun):
         return "resume"
     if begun is not None and not force:
-        raise StageError(
-            f"{folder.part}: unfinished work with other settings: {plan.difference(begun)}; "
-            "--force discards it"
-        )
+        raise folder.unfinished(plan, begun)
     return {"stale": "make anew", "unfinished": "start again", "missing": "run"}[status]
+
+
+def _outdated(name: str, folder: StageFolder, plan: Plan, facts: Mapping[str, Any]) -> StageError:
+    return StageError(
+        f"{name}: {folder.done} was made with {folder.difference(plan, facts)}; "
+        "--force makes it anew, --run NAME keeps both"
+    )
 
 
 def run_stages(
@@ -114,10 +116,14 @@ def run_stages(
     with alone(run, StageError) if fabric.is_global_zero else nullcontext():
         for name in names:
             folder, plan, status = before[name]
-            if name in todo:
+            facts = folder.facts()
+            remade = facts is not None and bool(folder.made_anew(plan, facts))  # perhaps by this very command
+            if facts is not None and remade and not force:
+                raise _outdated(name, folder, plan, facts)
+            if name in todo or remade:
                 # What is finished and current is made anew, parts of what is stale may still hold.
                 anew = status == "cached"
-                previous = None if anew else folder.done
+                previous = None if anew or remade else folder.done
                 _run_stage(shop, name, folder, plan, previous, force=force, remake=remake or anew)
             else:
                 console.print(f"{name}: cached", highlight=False)

@@ -1,7 +1,8 @@
 """Stages and their folders: what is finished, what is stale, and how a result comes into being whole.
 
 `runs/NAME/STAGE/` holds a finished stage, `runs/NAME/STAGE.part/` one at work. A stage's identity is
-its fingerprint: name, version, the config sections that it declares, and its inputs' fingerprints.
+its fingerprint: name, version, the config sections that it declares, and its inputs' fingerprints. It is
+current as long as that stands and its inputs hold what it was made of.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from pipelines.context import Context
 
 RUNS = Path("runs")
-FACTS, PLAN = "stage.json", "plan.json"
+FACTS, PLAN, STATE = "stage.json", "plan.json", "state.ckpt"
 # Settings that may name a folder of weights, which are then part of what a stage is made of.
 _WEIGHTS = re.compile(r"(evaluate\.)?filter|encoder\.(body|classifier)|harden\.\d+\.start")
 Status = Literal["cached", "stale", "unfinished", "missing"]
@@ -157,12 +158,35 @@ class StageFolder:
     def begun(self) -> dict[str, Any] | None:
         return _read(self.part / PLAN)
 
+    def fits(self, plan: Plan, facts: Mapping[str, Any] | None) -> bool:
+        """Whether what these facts tell of, finished or begun, is what the plan would make now."""
+        if facts is None or facts.get("fingerprint") != plan.fingerprint:
+            return False
+        return not self.made_anew(plan, facts)
+
+    def made_anew(self, plan: Plan, facts: Mapping[str, Any]) -> str:
+        """The first input that no longer holds what these facts say it held; empty if all do."""
+        known, now = facts.get("made_of", {}), self._made_of(plan)
+        changed = (name for name in known if name in now and known[name] != now[name])
+        return next(changed, "")
+
+    def _made_of(self, plan: Plan) -> dict[str, str]:
+        """Of the inputs that are finished, what their folders hold."""
+        found = {name: StageFolder(self.run, name).facts() or {} for name in plan.inputs}
+        return {name: facts["content"] for name, facts in found.items() if "content" in facts}
+
+    def difference(self, plan: Plan, facts: Mapping[str, Any]) -> str:
+        """Why these facts do not fit the plan, in words."""
+        if facts.get("fingerprint") == plan.fingerprint:
+            return f"an input that has been made anew since: {self.made_anew(plan, facts)}"
+        return f"other settings: {plan.difference(facts)}"
+
     def status(self, plan: Plan) -> Status:
         facts, begun = self.facts(), self.begun()
         if facts is not None:
-            if facts.get("fingerprint") == plan.fingerprint:
+            if self.fits(plan, facts):
                 return "cached"
-            if begun is None or begun.get("fingerprint") != plan.fingerprint:
+            if not self.fits(plan, begun):
                 return "stale"
         return "unfinished" if begun is not None or self.part.exists() else "missing"
 
@@ -172,18 +196,21 @@ class StageFolder:
         `force` discards begun work of other settings, `remake` any.
         """
         begun, force = self.begun(), force or remake
-        if begun is not None and not remake and begun.get("fingerprint") == plan.fingerprint:
+        if begun is not None and not remake and self.fits(plan, begun):
             return True
         if begun is not None and not force:
-            raise StageError(
-                f"{self.part}: unfinished work with other settings: {plan.difference(begun)}; "
-                "--force discards it"
-            )
+            raise self.unfinished(plan, begun)
         if self.part.exists():
             shutil.rmtree(self.part)
         self.part.mkdir(parents=True)
-        write_json(self.part / PLAN, {**dataclasses.asdict(plan), "fingerprint": plan.fingerprint})
+        facts = {**dataclasses.asdict(plan), "fingerprint": plan.fingerprint, "made_of": self._made_of(plan)}
+        write_json(self.part / PLAN, facts)
         return False
+
+    def unfinished(self, plan: Plan, begun: Mapping[str, Any]) -> StageError:
+        return StageError(
+            f"{self.part}: unfinished work with {self.difference(plan, begun)}; --force discards it"
+        )
 
     def spent(self, seconds: float) -> float:
         """Add `seconds` to what unfinished work has cost so far, and return the sum."""
@@ -196,9 +223,12 @@ class StageFolder:
         self, plan: Plan, metrics: Mapping[str, Any], seconds: float, fabric: Mapping[str, Any]
     ) -> None:
         """Turn the work folder into the finished stage, in one rename."""
+        made_of = (self.begun() or {}).get("made_of", {})
         facts = {
             **dataclasses.asdict(plan),
             "fingerprint": plan.fingerprint,
+            "made_of": made_of,
+            "content": _content(self.part, metrics),
             "versions": _versions(),
             "fabric": dict(fabric),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -212,7 +242,7 @@ class StageFolder:
         """Put a complete work folder in its place: the end of `commit`, also one that was cut short."""
         if not (self.part / FACTS).exists():
             return
-        for leftover in ("state.ckpt", PLAN):
+        for leftover in (STATE, PLAN):
             (self.part / leftover).unlink(missing_ok=True)
         shutil.rmtree(self.part / "jobs", ignore_errors=True)
         old = self.run / f"{self.name}.old"
@@ -246,6 +276,19 @@ def write_json(path: Path, value: Any) -> None:
     except OSError as error:  # of a full disk it knows no name
         raise OSError(error.errno, error.strerror, str(path)) from None
     os.replace(partial, path)
+
+
+def _content(folder: Path, metrics: Mapping[str, Any]) -> str:
+    """Of the metrics, and of all files but pictures, the board and what work in progress needs."""
+    digest = hashlib.sha256(json.dumps(dict(metrics), sort_keys=True, default=str).encode())
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        inside = path.relative_to(folder)
+        if path.suffix == ".png" or {"events", "jobs", PLAN, STATE} & {*inside.parts}:
+            continue
+        digest.update(inside.as_posix().encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -18,12 +18,12 @@ from manifold_defense.hardening import Clean, Objective
 from manifold_defense.hardening.training import TrainingConfig, classifier_state, train_classifier
 from manifold_defense.types import Classifier, Threat
 from pipelines.config import EncoderStageConfig, HardenConfig
-from pipelines.context import STATE, Context
+from pipelines.context import Context
 from pipelines.data import ImageData, data_digest, to_float
 from pipelines.defences import behind, load_run_filter
 from pipelines.judging import accuracy, held_out, proved
 from pipelines.own import load_own_classifier
-from pipelines.stage import FACTS, Plan, figures, settings_of, write_json
+from pipelines.stage import FACTS, STATE, Plan, figures, settings_of, write_json
 
 VARIANT = "variant.json"
 _VALIDATION_STEPS = 10

@@ -151,6 +151,53 @@ def test_force_replaces_what_is_stale_and_what_depends_on_it(run_folder):
         assert state in next(line for line in table.splitlines() if f" {name} " in line)
 
 
+def test_what_was_made_of_an_input_as_it_was_is_stale(run_folder):
+    """By what the input holds, not by when it was made: the same weights made again change nothing."""
+
+    def states(*more):
+        table = invoke("stages", *settings(*more)).output.splitlines()
+        names = ("harden", "project", "evaluate", "report", "export")
+        lines = [next(line for line in table if f" {name} " in line) for name in names]
+        return [line.split("│")[2].strip() for line in lines]
+
+    before = states()
+    assert invoke("train-classifier", "--force", *settings()).exit_code == 0
+    assert states() == before == ["cached"] * 5
+    facts = json.loads((run_folder / "train-classifier" / "stage.json").read_text())
+    facts["content"] = "of another machine"
+    (run_folder / "train-classifier" / "stage.json").write_text(json.dumps(facts))
+    # What comes after these is stale once they are made anew, if they come out otherwise.
+    assert states() == ["stale", "stale", "stale", "cached", "stale"]
+    for command in (("run", "project"), ("run", "project", "--dry-run"), ("project",)):
+        result = invoke(*command, *settings())
+        assert result.exit_code == 1
+        assert "made with an input that has been made anew since: train-classifier" in result.output
+        assert "--force makes it anew" in result.output
+    result = invoke("run", "export", "--force", *settings())
+    assert result.exit_code == 0, result.output
+    assert "train-classifier: cached" in result.output
+    assert "harden: done" in result.output
+    assert states() == ["cached", "stale", "stale", "cached", "cached"]
+
+
+def test_a_begun_stage_does_not_go_on_with_another_input(run_folder):
+    part = run_folder / "harden.part"
+    (run_folder / "harden").rename(part)
+    facts = json.loads((part / "stage.json").read_text())
+    (part / "stage.json").unlink()
+    (part / "plan.json").write_text(json.dumps(facts))
+    assert "harden: resume" in invoke("harden", "--dry-run", *settings()).output
+    facts["made_of"]["train-classifier"] = "another"
+    (part / "plan.json").write_text(json.dumps(facts))
+    for more in ((), ("--dry-run",)):
+        result = invoke("harden", *more, *settings())
+        assert result.exit_code == 1
+        assert (
+            "unfinished work with an input that has been made anew since: train-classifier" in result.output
+        )
+    assert invoke("harden", "--force", *settings()).exit_code == 0
+
+
 def test_a_stage_alone_names_what_it_misses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for dry in ((), ("--dry-run",)):
