@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from manifold_defense.attacks.norms import geometry
 from manifold_defense.attacks.objective import clearly, evaluation_mode, logits_and_gradient, margins
-from manifold_defense.types import Classifier
+from manifold_defense.types import Classifier, Norm
 
 
 def ascend(
@@ -67,3 +68,39 @@ def ascend(
                 found[active] |= clearly(margin, logits) & stop_early
                 active = active[~found[active]]
     return best
+
+
+def ascend_in_ball(
+    model: Classifier,
+    x: Tensor,
+    y: Tensor,
+    start: Callable[[Tensor], Tensor],
+    *,
+    norm: Norm,
+    eps: float,
+    longest: float,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    steps: int,
+    restarts: int,
+    loss: str,
+    targeted: bool,
+    stop_early: bool,
+) -> Tensor:
+    """`ascend` in the ball of radius eps around x and in `bounds`, its steps falling from `longest` to zero."""
+    shape = geometry(norm)
+
+    def move(clean: Tensor, at: Tensor, gradient: Tensor, left: float) -> Tensor:
+        return shape.step(clean, at, gradient, longest * left, eps, bounds)
+
+    return ascend(
+        model,
+        x,
+        y,
+        start,
+        move,
+        steps=steps,
+        restarts=restarts,
+        loss=loss,
+        targeted=targeted,
+        stop_early=stop_early,
+    )

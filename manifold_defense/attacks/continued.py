@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from manifold_defense.attacks.ascent import ascend
-from manifold_defense.attacks.norms import geometry
+from manifold_defense.attacks.ascent import ascend_in_ball
 from manifold_defense.attacks.square import square
 from manifold_defense.attacks.window import window_pgd
 from manifold_defense.types import Classifier, Norm
+
+_LONGEST = 0.3  # the first step, of eps: as in `window_pgd`
 
 
 def square_pgd(
@@ -36,7 +37,20 @@ def square_pgd(
     found = square(
         model, x, y, norm=norm, eps=eps, steps=queries, targeted=targeted, stop_early=stop_early, seed=seed
     )
-    return _continued(model, x, y, found, norm, eps, steps, restarts, loss, targeted, stop_early)
+    return ascend_in_ball(
+        model,
+        x,
+        y,
+        found.__getitem__,
+        norm=norm,
+        eps=eps,
+        longest=_LONGEST * eps,
+        steps=steps,
+        restarts=restarts,
+        loss=loss,
+        targeted=targeted,
+        stop_early=stop_early,
+    )
 
 
 def transfer_pgd(
@@ -79,34 +93,14 @@ def transfer_pgd(
         pieces=pieces,
         seed=seed,
     )
-    return _continued(model, x, y, found, norm, eps, steps, restarts, loss, targeted, stop_early)
-
-
-def _continued(
-    model: Classifier,
-    x: Tensor,
-    y: Tensor,
-    found: Tensor,
-    norm: Norm,
-    eps: float,
-    steps: int,
-    restarts: int,
-    loss: str,
-    targeted: bool,
-    stop_early: bool,
-) -> Tensor:
-    """PGD from images `found` (N, C, H, W) in the ball around x, its first step 0.3 eps."""
-    shape = geometry(norm)
-
-    def move(clean: Tensor, at: Tensor, gradient: Tensor, left: float) -> Tensor:
-        return shape.step(clean, at, gradient, 0.3 * eps * left, eps, (0.0, 1.0))
-
-    return ascend(
+    return ascend_in_ball(
         model,
         x,
         y,
-        lambda rows: found[rows],
-        move,
+        found.__getitem__,
+        norm=norm,
+        eps=eps,
+        longest=_LONGEST * eps,
         steps=steps,
         restarts=restarts,
         loss=loss,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manifold_defense.attacks.ascent import ascend
+from manifold_defense.attacks.ascent import ascend_in_ball
 from manifold_defense.attacks.norms import geometry
 from manifold_defense.attacks.objective import evaluation_mode, logits_and_gradient
 from manifold_defense.types import Classifier, Norm
@@ -41,7 +41,6 @@ def pgd(
     shape = geometry(norm)
     if not eps >= 0:
         raise ValueError(f"expected eps ≥ 0, got {eps}")
-    longest = eps if step_size is None else step_size
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()
 
@@ -49,15 +48,15 @@ def pgd(
         delta = shape.sample(x, eps, rng) if random_start else torch.zeros_like(x)
         return (x + shape.project(delta, eps)).clamp(*bounds)[rows]
 
-    def move(clean: Tensor, at: Tensor, gradient: Tensor, left: float) -> Tensor:
-        return shape.step(clean, at, gradient, longest * left, eps, bounds)
-
-    return ascend(
+    return ascend_in_ball(
         model,
         x,
         y,
         start,
-        move,
+        norm=norm,
+        eps=eps,
+        longest=eps if step_size is None else step_size,
+        bounds=bounds,
         steps=steps,
         restarts=restarts,
         loss=loss,

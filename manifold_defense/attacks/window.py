@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from manifold_defense.attacks.ascent import ascend
+from manifold_defense.attacks.ascent import ascend_in_ball
 from manifold_defense.attacks.norms import column, geometry
 from manifold_defense.attacks.objective import margins
 from manifold_defense.types import Classifier, Norm
@@ -56,7 +56,6 @@ def window_pgd(
         raise ValueError(f"expected eps ≥ 0, got {eps}")
     if tries < 1:
         raise ValueError(f"expected tries ≥ 1, got {tries}")
-    longest = 0.3 * eps if step_size is None else step_size
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()
     restart = itertools.count()
@@ -71,15 +70,14 @@ def window_pgd(
         draw = draw_piece if next(restart) % 4 >= 2 else draw_windows
         return best_drawn(model, draw, place, x, y, rows, tries, targeted, rng)
 
-    def move(clean: Tensor, at: Tensor, gradient: Tensor, left: float) -> Tensor:
-        return shape.step(clean, at, gradient, longest * left, eps, (0.0, 1.0))
-
-    return ascend(
+    return ascend_in_ball(
         model,
         x,
         y,
         start,
-        move,
+        norm=norm,
+        eps=eps,
+        longest=0.3 * eps if step_size is None else step_size,
         steps=steps,
         restarts=restarts,
         loss=loss,
