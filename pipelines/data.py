@@ -64,7 +64,6 @@ class DataConfig:
     test_images: int = 0  # likewise
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "root", Path(self.root))
         for key, valid, choices in (
             ("name", self.name in DATASETS, "one of " + ", ".join(DATASETS)),
             ("image_size", 8 <= self.image_size <= 64 and self.image_size % 2 == 0, "even and from 8 to 64"),

@@ -116,9 +116,9 @@ def run_stages(
     with alone(run, StageError) if fabric.is_global_zero else nullcontext():
         for name in names:
             folder, plan, status = before[name]
-            facts = folder.facts()
-            remade = facts is not None and bool(folder.made_anew(plan, facts))  # perhaps by this very command
-            if facts is not None and remade and not force:
+            facts = folder.facts() or {}
+            remade = folder.made_anew(plan, facts)  # perhaps by this very command
+            if remade and not force:
                 raise _outdated(name, folder, plan, facts)
             if name in todo or remade:
                 # What is finished and current is made anew, parts of what is stale may still hold.
@@ -150,7 +150,8 @@ def _run_stage(
     remake: bool,
 ) -> None:
     fabric, console = shop.fabric, shop.console
-    if fabric.is_global_zero and not folder.open(plan, force=force, remake=remake):
+    lasts = STAGES[name].lasts(shop.config)
+    if fabric.is_global_zero and not folder.open(plan, force=force, remake=remake, lasts=lasts):
         console.print(f"{name}: {STAGES[name].summary} …", highlight=False)
     fabric.barrier()
     inputs = {needed: folder.run / needed for needed in plan.inputs}

@@ -190,10 +190,11 @@ class StageFolder:
                 return "stale"
         return "unfinished" if begun is not None or self.part.exists() else "missing"
 
-    def open(self, plan: Plan, *, force: bool, remake: bool = False) -> bool:
+    def open(self, plan: Plan, *, force: bool, remake: bool = False, lasts: bool = True) -> bool:
         """Make the work folder ready; True if work that was begun under the same plan is resumed.
 
-        `force` discards begun work of other settings, `remake` any.
+        `force` discards begun work of other settings, `remake` any. What does not last, and so is made anew
+        each time, need not know what its inputs held.
         """
         begun, force = self.begun(), force or remake
         if begun is not None and not remake and self.fits(plan, begun):
@@ -203,7 +204,8 @@ class StageFolder:
         if self.part.exists():
             shutil.rmtree(self.part)
         self.part.mkdir(parents=True)
-        facts = {**dataclasses.asdict(plan), "fingerprint": plan.fingerprint, "made_of": self._made_of(plan)}
+        made_of = self._made_of(plan) if lasts else {}
+        facts = {**dataclasses.asdict(plan), "fingerprint": plan.fingerprint, "made_of": made_of}
         write_json(self.part / PLAN, facts)
         return False
 

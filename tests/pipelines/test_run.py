@@ -16,6 +16,7 @@ from pipelines_support import FEWER, invoke, rows, settings
 
 from manifold_defense import load_classifier
 from pipelines.locking import alone
+from pipelines.stage import Plan, StageFolder
 from pipelines.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
@@ -178,6 +179,26 @@ def test_what_was_made_of_an_input_as_it_was_is_stale(run_folder):
     assert "train-classifier: cached" in result.output
     assert "harden: done" in result.output
     assert states() == ["cached", "stale", "stale", "cached", "cached"]
+
+
+@pytest.mark.parametrize(("lasts", "status"), [(True, "stale"), (False, "cached")])
+def test_what_is_made_anew_each_time_is_never_stale_for_its_inputs(lasts, status, tmp_path):
+    """A report on code of the user's: another answer of that must not make the next run refuse."""
+    plans = {"evaluate": Plan("evaluate", 1, {}, {}), "report": Plan("report", 1, {}, {"evaluate": "of it"})}
+
+    def make(name, metrics):
+        folder = StageFolder(tmp_path, name)
+        folder.open(plans[name], force=True, lasts=lasts)
+        folder.commit(plans[name], metrics, 0.0, {})
+        return folder
+
+    make("evaluate", {"left": 1})
+    report = make("report", {})
+    assert report.status(plans["report"]) == "cached"
+    make("evaluate", {"left": 1})
+    assert report.status(plans["report"]) == "cached"
+    make("evaluate", {"left": 2})
+    assert report.status(plans["report"]) == status
 
 
 def test_a_begun_stage_does_not_go_on_with_another_input(run_folder):
