@@ -86,7 +86,7 @@ def ascend_in_ball(
     targeted: bool,
     stop_early: bool,
 ) -> Tensor:
-    """`ascend` in the ball of radius eps around x and in `bounds`, its steps falling from `longest` to zero."""
+    """`ascend` in the ball of radius eps around x and in `bounds`, the steps falling from `longest` to 0."""
     shape = geometry(norm)
 
     def move(clean: Tensor, at: Tensor, gradient: Tensor, left: float) -> Tensor:
