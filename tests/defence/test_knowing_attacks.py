@@ -101,6 +101,10 @@ def test_with_pixels_as_features_an_image_goes_straight_to_the_nearest_candidate
     # By default the candidates are the batch itself, as the model sees it.
     default = feature_matching(model, x, y, features=nn.Identity(), norm=norm, eps=eps, random_start=False)
     assert torch.equal(default, x_adv)
+    # Or images that it labels itself: an image that is left alone still has the others to aim at.
+    settings: dict[str, Any] = {"features": nn.Identity(), "norm": norm, "eps": eps, "random_start": False}
+    torch.testing.assert_close(feature_matching(model, x[:1], y[:1], candidates=x, **settings), x_adv[:1])
+    assert torch.equal(feature_matching(model, x[:1], y[:1], **settings), x[:1])
 
 
 class Island(nn.Module):
