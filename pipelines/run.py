@@ -54,7 +54,7 @@ def intentions(
     doing = []
     for name in names:
         folder, plan, status = found[name]
-        doing.append((name, _intention(name, folder, plan, status, force)))
+        doing.append((name, _intention(name, folder, plan, status, force or STAGES[name].derived)))
         for needed in plan.inputs:
             if needed not in names and found[needed][2] != "cached":
                 raise StageError(
@@ -91,8 +91,8 @@ def run_stages(
 ) -> None:
     """Bring the stages `names` up to date, in order.
 
-    `force` replaces results of other settings; `remake` makes even an equal, finished stage again, as is
-    done unasked with one that does not last.
+    `force` replaces results of other settings, as is done unasked with what is derived; `remake` makes even
+    an equal, finished stage again, as is done unasked with one that does not last.
     All refusals come before any work is done.
     """
     before = statuses(config)
@@ -116,15 +116,16 @@ def run_stages(
     with alone(run, StageError) if fabric.is_global_zero else nullcontext():
         for name in names:
             folder, plan, status = before[name]
+            replace = force or STAGES[name].derived
             facts = folder.facts() or {}
             remade = folder.made_anew(plan, facts)  # perhaps by this very command
-            if remade and not force:
+            if remade and not replace:
                 raise _outdated(name, folder, plan, facts)
             if name in todo or remade:
                 # What is finished and current is made anew, parts of what is stale may still hold.
                 anew = status == "cached"
                 previous = None if anew or remade else folder.done
-                _run_stage(shop, name, folder, plan, previous, force=force, remake=remake or anew)
+                _run_stage(shop, name, folder, plan, previous, force=replace, remake=remake or anew)
             else:
                 console.print(f"{name}: cached", highlight=False)
 
@@ -150,8 +151,7 @@ def _run_stage(
     remake: bool,
 ) -> None:
     fabric, console = shop.fabric, shop.console
-    lasts = STAGES[name].lasts(shop.config)
-    if fabric.is_global_zero and not folder.open(plan, force=force, remake=remake, lasts=lasts):
+    if fabric.is_global_zero and not folder.open(plan, force=force, remake=remake):
         console.print(f"{name}: {STAGES[name].summary} …", highlight=False)
     fabric.barrier()
     inputs = {needed: folder.run / needed for needed in plan.inputs}

@@ -43,7 +43,8 @@ class Stage:
     """`run(context)` does the work in `context.folder` and returns the metrics for `stage.json`.
 
     `lasts` says whether its result stands as long as its settings and inputs do. Not where code of the
-    user's has a part in it, which may change without either.
+    user's has a part in it, which may change without either. One that is `derived` holds nothing that its
+    inputs do not hold: once stale it is made anew unasked.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Stage:
     inputs: Callable[[Config], tuple[str, ...]]
     run: Callable[[Context], dict[str, Any]]
     lasts: Callable[[Config], bool] = lambda config: True
+    derived: bool = False
 
 
 @dataclass(frozen=True)
@@ -190,11 +192,10 @@ class StageFolder:
                 return "stale"
         return "unfinished" if begun is not None or self.part.exists() else "missing"
 
-    def open(self, plan: Plan, *, force: bool, remake: bool = False, lasts: bool = True) -> bool:
+    def open(self, plan: Plan, *, force: bool, remake: bool = False) -> bool:
         """Make the work folder ready; True if work that was begun under the same plan is resumed.
 
-        `force` discards begun work of other settings, `remake` any. What does not last, and so is made anew
-        each time, need not know what its inputs held.
+        `force` discards begun work of other settings, `remake` any.
         """
         begun, force = self.begun(), force or remake
         if begun is not None and not remake and self.fits(plan, begun):
@@ -204,8 +205,7 @@ class StageFolder:
         if self.part.exists():
             shutil.rmtree(self.part)
         self.part.mkdir(parents=True)
-        made_of = self._made_of(plan) if lasts else {}
-        facts = {**dataclasses.asdict(plan), "fingerprint": plan.fingerprint, "made_of": made_of}
+        facts = {**dataclasses.asdict(plan), "fingerprint": plan.fingerprint, "made_of": self._made_of(plan)}
         write_json(self.part / PLAN, facts)
         return False
 

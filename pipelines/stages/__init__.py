@@ -99,7 +99,7 @@ _ALL = (
         (),
         lambda config: ("project", "evaluate", "certify"),
         report.run,
-        _of_the_run,
+        derived=True,
     ),
     Stage(
         "export",

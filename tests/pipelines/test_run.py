@@ -16,7 +16,6 @@ from pipelines_support import FEWER, invoke, rows, settings
 
 from manifold_defense import load_classifier
 from pipelines.locking import alone
-from pipelines.stage import Plan, StageFolder
 from pipelines.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
@@ -181,24 +180,23 @@ def test_what_was_made_of_an_input_as_it_was_is_stale(run_folder):
     assert states() == ["cached", "stale", "stale", "cached", "cached"]
 
 
-@pytest.mark.parametrize(("lasts", "status"), [(True, "stale"), (False, "cached")])
-def test_what_is_made_anew_each_time_is_never_stale_for_its_inputs(lasts, status, tmp_path):
-    """A report on code of the user's: another answer of that must not make the next run refuse."""
-    plans = {"evaluate": Plan("evaluate", 1, {}, {}), "report": Plan("report", 1, {}, {"evaluate": "of it"})}
-
-    def make(name, metrics):
-        folder = StageFolder(tmp_path, name)
-        folder.open(plans[name], force=True, lasts=lasts)
-        folder.commit(plans[name], metrics, 0.0, {})
-        return folder
-
-    make("evaluate", {"left": 1})
-    report = make("report", {})
-    assert report.status(plans["report"]) == "cached"
-    make("evaluate", {"left": 1})
-    assert report.status(plans["report"]) == "cached"
-    make("evaluate", {"left": 2})
-    assert report.status(plans["report"]) == status
+def test_a_report_follows_what_it_reports_unasked(run_folder):
+    """It holds nothing that its inputs do not hold: to refuse would protect nothing."""
+    path = run_folder / "evaluate" / "stage.json"
+    facts = json.loads(path.read_text())
+    facts["content"] = "another outcome"
+    path.write_text(json.dumps(facts))
+    assert "report: make anew" in invoke("run", "report", "--dry-run", *settings()).output
+    result = invoke("run", "report", *settings())
+    assert result.exit_code == 0, result.output
+    assert "evaluate: cached" in result.output
+    assert "report: done" in result.output
+    assert "report: cached" in invoke("run", "report", *settings()).output
+    # Nor where what was begun of it was of another evaluation.
+    (run_folder / "report").rename(run_folder / "report.part")
+    (run_folder / "report.part" / "stage.json").rename(run_folder / "report.part" / "plan.json")
+    path.write_text(json.dumps({**facts, "content": "a third outcome"}))
+    assert invoke("report", *settings()).exit_code == 0
 
 
 def test_a_begun_stage_does_not_go_on_with_another_input(run_folder):
