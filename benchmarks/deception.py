@@ -25,9 +25,10 @@ from torch.nn import functional as F
 
 from gan.sampling import batch_indices
 from manifold_defense.attacks import apgd, pgd
-from manifold_defense.attacks.objective import correct, evaluation_mode
+from manifold_defense.attacks.objective import correct
 from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
 from manifold_defense.evaluation import Defence, evaluate
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Threat
 from pipelines.config import EvaluateConfig
 from pipelines.data import to_float

@@ -15,7 +15,7 @@ from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.filter import ManifoldFilter
 from manifold_defense.types import Norm, Threat
 from pipelines.data import DataConfig, Dataset, load_data, subset, to_float
-from pipelines.failures import one_line
+from pipelines.failures import reported
 from pipelines.own import load_own_classifier, load_own_filter
 from pipelines.settings import load_config
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 class _Benchmark(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
-        with one_line():
+        with reported():
             return super().invoke(ctx)
 
 

@@ -25,7 +25,7 @@ from gan.sampling import step_rng
 
 @dataclass(frozen=True)
 class GanConfig:
-    """Training of the generator; lengths are counted in real images seen.
+    """Training of the generator; lengths are counted in real images that its own steps see.
 
     `reconstruction_weight` trains the encoder jointly, by `‖G(E(x)) − x‖²` summed over pixels
     (0: no joint encoder); `latent_weight` adds `‖E(G(z)) − z‖²` for the encoder alone.

@@ -165,20 +165,23 @@ def _locate(folder: Path, name: str, inside: str) -> Path:
 
 
 def _save(folder: Path, name: str, facts: dict[str, Any], modules: dict[str, nn.Module]) -> None:
-    """Weights first and facts last, each moved into place whole: a folder with facts is complete."""
+    """Weights first and facts last, each moved into place whole: a folder with facts is complete.
+
+    Facts that lie there already go before the weights that they were of.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         f"{prefix}.{key}": value.detach().cpu().contiguous()
         for prefix, module in modules.items()
         for key, value in module.state_dict().items()
     }
-    target = (folder / name).with_suffix(".safetensors")
-    partial = target.with_suffix(".partial")
-    partial.write_bytes(save(weights))  # `save_file` would let the owner alone read it, whatever the umask
-    os.replace(partial, target)
-    text = json.dumps({"version": VERSION, **facts}, indent=2)
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, folder / name)
+    described, target = folder / name, (folder / name).with_suffix(".safetensors")
+    partial, weighed = described.with_suffix(".json.partial"), target.with_suffix(".safetensors.partial")
+    weighed.write_bytes(save(weights))  # `save_file` would let the owner alone read it, whatever the umask
+    partial.write_text(json.dumps({"version": VERSION, **facts}, indent=2) + "\n", encoding="utf-8")
+    described.unlink(missing_ok=True)
+    os.replace(weighed, target)
+    os.replace(partial, described)
 
 
 def _load(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

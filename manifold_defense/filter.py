@@ -153,9 +153,11 @@ class ManifoldFilter(nn.Module):
             raise ValueError(f"images: expected {weights.dtype} as the filter's weights are, got {x.dtype}")
 
     def _aids(self, x: Tensor) -> dict[str, Any]:
-        """Encoder, bank and metric; the latter two are made once for a device and a type."""
+        """Encoder, bank and metric; the latter two are made once for a device, a type and these weights."""
         c = self.config
-        key = (x.device, x.dtype, c.uses_metric and c.metric, c.uses_bank and (c.bank, c.seed))
+        weights = (*self.generator.parameters(), *self.generator.buffers())
+        versions = tuple(weight._version for weight in weights if not weight.is_inference())
+        key = (x.device, x.dtype, versions, c.uses_metric and c.metric, c.uses_bank and (c.bank, c.seed))
         if key not in self._made:
             self._made[key] = surroundings(self.generator, x.detach()[:0], c)  # type: ignore[arg-type]
         bank, metric = self._made[key]

@@ -11,8 +11,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from manifold_defense.attacks.objective import evaluation_mode
 from manifold_defense.filter import DefendedClassifier, ManifoldFilter, with_parts
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import View
 
 REJECTED = -1
@@ -40,7 +40,7 @@ class RejectingClassifier(nn.Module):
         return with_parts(self, filter=self.filter.seen(name))
 
     @property
-    def defended(self) -> DefendedClassifier:
+    def without_reject(self) -> DefendedClassifier:
         """The same without the option to refuse."""
         return DefendedClassifier(self.filter, self.classifier)
 
@@ -64,7 +64,7 @@ class RejectingClassifier(nn.Module):
         return torch.where(sure, logits.argmax(1), REJECTED)
 
 
-def defended(predictions: Tensor, y: Tensor, *, attacked: bool) -> Tensor:
+def credited(predictions: Tensor, y: Tensor, *, attacked: bool) -> Tensor:
     """Which predictions (N,), −1 for refused, do the defender credit, (N,) bool, given the labels y (N,).
 
     A refusal does if the image was attacked. An attack that fails returns the clean image: a robust

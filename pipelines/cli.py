@@ -13,14 +13,14 @@ from typing import Any
 
 import click
 
-from pipelines.failures import fail, one_line
+from pipelines.failures import fail, reported
 
 # Kept light: what needs torch is imported when a command runs, so that `--help` answers at once.
 
 
 class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
-        with one_line("interrupted; run the same command again to resume"):
+        with reported("interrupted; run the same command again to resume"):
             return super().invoke(ctx)
 
 
@@ -72,17 +72,19 @@ def _load(config_file: Path | None, settings: tuple[str, ...], run_name: str | N
     return load_config(config_file, settings, run_name)
 
 
-def _refuse_threats_of_digits(config: Any, config_file: Path | None) -> None:
+def _refuse_threats_of_digits(config: Any, config_file: Path | None, settings: tuple[str, ...]) -> None:
     """A radius that nobody chose for these images would say nothing of them."""
     from pipelines.config import Config
+    from pipelines.settings import is_given
 
     default = Config()
-    unchosen = config.evaluate.threats == default.evaluate.threats
-    if config_file is None and config.data.name != default.data.name and unchosen:
+    chosen = is_given("evaluate.threats", config_file, settings)
+    if config.data.name != default.data.name and not chosen:
         radii = " and ".join(f"{threat.norm} {threat.eps:g}" for threat in default.evaluate.threats)
         raise click.UsageError(
             f"evaluate.threats: {radii} are meant for {default.data.name}; for {config.data.name} give a "
-            "--config, such as those in configs/, or --set 'evaluate.threats=[{norm=\"linf\",eps=0.03}]'"
+            "--config with its own, such as those in configs/, or "
+            "--set 'evaluate.threats=[{norm=\"linf\",eps=0.03}]'"
         )
 
 
@@ -148,7 +150,7 @@ def run(
         raise click.UsageError(f"no stage {until!r}; expected one of {', '.join(STAGES)}")
     names = upstream(until, config) if until else everything(config)
     if "evaluate" in names:
-        _refuse_threats_of_digits(config, config_file)
+        _refuse_threats_of_digits(config, config_file, settings)
     console = _console()
     if dry_run:
         _show_intentions(console, config, names, force, remake=False)
@@ -237,7 +239,7 @@ def filter_command(
     console = _console()
     columns = Progress.get_default_columns()
     with (
-        one_line("interrupted; --force begins again"),
+        reported("interrupted; --force begins again"),
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
     ):
         task = bar.add_task("filter", total=None)
@@ -324,7 +326,7 @@ def evaluate_command(
         settings = (*settings, *(f"{key}={json.dumps(value)}" for key, value in given.items()))
         run_name = run_name or "own"
     config = _load(config_file, settings, run_name)
-    _refuse_threats_of_digits(config, config_file)
+    _refuse_threats_of_digits(config, config_file, settings)
     anew = force or classifier is not None
     _stage_command("evaluate", config, force=anew, remake=force, dry_run=dry_run)
 

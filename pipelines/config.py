@@ -358,6 +358,10 @@ class Config:
                     raise ValueError(
                         f"harden.{variant.name}.{key}: expected a variant before it{or_else}, got {given!r}"
                     )
+            if variant.objective.name == "interval_bounds" and self._architecture(variant) == "resnet18":
+                raise ValueError(
+                    f"harden.{variant.name}: interval bounds follow a cnn or shallow, no resnet18"
+                )
             before.append(variant.name)
         body, classifier = self.encoder.body, self.encoder.classifier
         own = self.encoder.own_classifier
@@ -375,6 +379,14 @@ class Config:
                     f"encoder.{key}: {name} would be trained before the encoder, but "
                     f"{self._need_the_filter[0]} needs the filter; expected a folder such as ./mine"
                 )
+
+    def _architecture(self, variant: HardenConfig) -> str:
+        """What a variant is a network of; "" if that lies in a folder."""
+        if "/" in variant.start:
+            return ""
+        if variant.start and not variant.architecture:
+            return self._architecture(next(v for v in self.harden if v.name == variant.start))
+        return (variant.architecture or self.classifier.architecture).name
 
     @property
     def encoder_body(self) -> str:

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from gan.sampling import batch_indices, step_rng
 from pipelines.config import Config, FabricConfig
-from pipelines.data import Dataset, ImageData, augment, load_data, one_line, subset, to_float
+from pipelines.data import Dataset, ImageData, augment, in_one_line, load_data, subset, to_float
 from pipelines.progress import progress_bar
 from pipelines.settings import ConfigError
 from pipelines.stage import STATE, StageError
@@ -53,7 +53,7 @@ def make_fabric(config: FabricConfig) -> Fabric:
             precision=config.precision,
         )
     except Exception as error:  # Fabric has many kinds for what it cannot provide
-        raise ConfigError(f"fabric: {one_line(error)}") from None
+        raise ConfigError(f"fabric: {in_one_line(error)}") from None
     most = max(2, os.cpu_count() or 1)  # Fabric starts as many processes as it is told
     if fabric.device.type == "cpu" and isinstance(devices, int) and devices > most:
         raise ConfigError(f"fabric: devices: expected at most {most} processes on this CPU, got {devices}")
@@ -150,7 +150,7 @@ class Context:
             self.fabric.load(path, state, weights_only=True)
         except Exception as error:
             raise StageError(
-                f"{path}: damaged checkpoint ({one_line(error)[:200]}); "
+                f"{path}: damaged checkpoint ({in_one_line(error)[:200]}); "
                 f"delete {path.parent} to start the stage again"
             ) from None
         self.say(f"{self.stage}: resumed at {state['images']:,} images")

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import warnings
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -36,6 +37,8 @@ _TORCHVISION = {
     "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw", _IDX_FILES),
     "cifar10": ("CIFAR10", "cifar-10-batches-py", _CIFAR_FILES),
 }
+
+_PIECE = 4096  # bytes of a file that are looked at in each of three places
 
 _log = logging.getLogger(__name__)
 
@@ -111,6 +114,11 @@ def load_data(config: DataConfig) -> Dataset:
         data = _image_folder(config)
     else:
         data = _torchvision(config)
+    if 0 < config.train_images < len(data.classes):
+        raise DataError(
+            f"data.train_images: expected 0, for all, or at least {len(data.classes)}, one of each class, "
+            f"got {config.train_images}"
+        )
     return Dataset(
         train=subset(data.train, config.train_images),
         test=subset(data.test, config.test_images),
@@ -188,8 +196,13 @@ def _stratified(own: Tensor) -> Tensor:
 
 
 def split(data: ImageData, count: int) -> tuple[ImageData, ImageData]:
-    """The first `count` images of the shuffle of `subset`, and all others in their own order."""
-    chosen = _stratified(data.labels)[:count]
+    """The first `count` images of the shuffle of `subset`, and all others in their own order.
+
+    No class's only image is among the first.
+    """
+    order = _stratified(data.labels)
+    alone = data.labels.bincount()[data.labels] == 1
+    chosen = order[~alone[order]][:count]
     rest = torch.ones(len(data.labels), dtype=torch.bool)
     rest[chosen] = False
     return ImageData(data.images[chosen], data.labels[chosen]), ImageData(
@@ -201,7 +214,7 @@ def _digest(lines: Sequence[str]) -> str:
     return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()[:12]
 
 
-def one_line(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -255,7 +268,7 @@ def _torchvision(config: DataConfig) -> Dataset:
         complete = all(os.path.exists(target / file) for file in files)
         problem = "damaged and could not be replaced" if complete else "not found and could not be downloaded"
         raise DataError(
-            f"{config.name}: {problem} ({one_line(error)}); put {', '.join(files)} into {target}"
+            f"{config.name}: {problem} ({in_one_line(error)}); put {', '.join(files)} into {target}"
         ) from error
 
 
@@ -335,12 +348,26 @@ def _unreadable_folder(error: OSError) -> None:
 
 
 def _folder_digest(root: Path, paths: Sequence[Path]) -> str:
-    return _digest(sorted(f"{path.relative_to(root).as_posix()}\t{_size(path)}" for path in paths))
+    """Of names and of what is in the files, so that they may be moved or copied, but not changed."""
+    with ThreadPoolExecutor() as pool:
+        gists = list(pool.map(_gist, paths))
+    names = [path.relative_to(root).as_posix() for path in paths]
+    return _digest(sorted(f"{name}\t{gist}" for name, gist in zip(names, gists, strict=True)))
 
 
-def _size(path: Path) -> int:
-    """Bytes; 0 if the file cannot be reached."""
-    return path.stat().st_size if path.is_file() else 0
+def _gist(path: Path) -> str:
+    """Size and checksum of both ends and of the middle: what nearly every change of an image changes."""
+    if not path.is_file():  # it is named where images are decoded
+        return ""
+    try:
+        with path.open("rb") as file:
+            size, checksum = file.seek(0, os.SEEK_END), 0
+            for place in (0, (size - _PIECE) // 2, size - _PIECE):
+                file.seek(max(place, 0))
+                checksum = zlib.crc32(file.read(_PIECE), checksum)
+    except OSError:
+        return ""
+    return f"{size}\t{checksum}"
 
 
 def _decode_split(
@@ -358,7 +385,7 @@ def _decode_split(
         try:
             pixels = torch.from_numpy(decode_image(paths[index], config.channels, config.image_size))
         except Exception as error:  # corrupt bytes raise nearly anything: OSError, SyntaxError, struct.error
-            return one_line(error)
+            return in_one_line(error)
         images[index] = pixels.permute(2, 0, 1)
         return None
 

@@ -22,7 +22,7 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 @contextmanager
-def one_line(interrupted: str = "interrupted") -> Iterator[None]:
+def reported(interrupted: str = "interrupted") -> Iterator[None]:
     """Around a command: whatever a user can cause is raised as a `Failure`; Ctrl-C says `interrupted`."""
     try:
         yield

@@ -72,7 +72,10 @@ def digest_of(defences: list[Defence], x: Tensor) -> str:
     for defence in defences:
         if isinstance(defence.model, nn.Module):
             for value in defence.model.state_dict().values():
-                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+                if isinstance(value, Tensor):  # else its answers have to tell
+                    plain = value.dequantize() if value.is_quantized else value
+                    raw = plain.detach().cpu().contiguous().flatten().view(torch.uint8)
+                    digest.update(raw.numpy().tobytes())
         filter = getattr(defence.model, "filter", None)
         digest.update(repr((getattr(filter, "config", None), defence.draws)).encode())
         images = asked.clone().requires_grad_(True)

@@ -18,9 +18,10 @@ _HELD_OUT_SHARE, _HELD_OUT_MOST = 0.1, 500
 
 def held_out(data: ImageData) -> tuple[ImageData, ImageData]:
     """The images that classifiers are validated on, and those that they are trained on."""
-    if len(data.labels) < 2:
+    if int(data.labels.bincount().max()) < 2:
         raise DataError(
-            f"training images: expected at least 2, one of which is held out, got {len(data.labels)}"
+            f"training images: expected at least 2 of some class, one of which is held out, got "
+            f"{len(data.labels)} of as many classes"
         )
     return split(data, min(max(int(_HELD_OUT_SHARE * len(data.labels)), 1), _HELD_OUT_MOST))
 

@@ -21,7 +21,7 @@ from manifold_defense.artifact import load_classifier, load_filter
 from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.evaluation import ModelError
 from manifold_defense.filter import ManifoldFilter
-from pipelines.data import Dataset, one_line, to_float
+from pipelines.data import Dataset, in_one_line, to_float
 from pipelines.stage import StageError
 
 # Where this program lies: in a checkout that is below the folder that it is called in.
@@ -111,7 +111,7 @@ def blamed_on(source: str, option: str = "--classifier") -> Iterator[None]:
 
 def _blamed(error: BaseException) -> str:
     """One line: what went wrong and, if it was in a file of the user's, where."""
-    line = f"{type(error).__name__}: {one_line(error)}"[:200]
+    line = f"{type(error).__name__}: {in_one_line(error)}"[:200]
     places = _places(error)
     return f"{line} ({places[-1]})" if places else line
 

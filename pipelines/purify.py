@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from manifold_defense.filter import ManifoldFilter
-from pipelines.data import EXTENSIONS, DataError, NoImagesError, decode_image, image_files, one_line, to_float
+from pipelines.data import (
+    EXTENSIONS,
+    DataError,
+    NoImagesError,
+    decode_image,
+    image_files,
+    in_one_line,
+    to_float,
+)
 from pipelines.locking import alone
 
 ERRORS = "errors.csv"
@@ -261,7 +269,7 @@ def _read(paths: Sequence[Path], channels: int, size: int) -> list[NDArray[np.ui
         except UnidentifiedImageError:
             return "not an image of a known format"
         except Exception as error:  # corrupt bytes raise nearly anything: OSError, SyntaxError, struct.error
-            return getattr(error, "strerror", None) or one_line(error)
+            return getattr(error, "strerror", None) or in_one_line(error)
 
     Image.init()  # Here, lest the threads race to load the decoders.
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -298,4 +306,4 @@ def _explained(path: Path, verb: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise PurifyError(f"{path}: cannot be {verb}: {error.strerror or one_line(error)}") from error
+        raise PurifyError(f"{path}: cannot be {verb}: {error.strerror or in_one_line(error)}") from error

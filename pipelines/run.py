@@ -42,7 +42,6 @@ def statuses(config: Config) -> dict[str, tuple[StageFolder, Plan, Status]]:
     found = {}
     for name, plan in make_plans(in_order(config), config).items():
         folder = StageFolder(RUNS / config.run, name)
-        folder.settle()
         found[name] = (folder, plan, folder.status(plan))
     return found
 
@@ -114,6 +113,10 @@ def run_stages(
     run = RUNS / config.run
     run.mkdir(parents=True, exist_ok=True)
     with alone(run, StageError) if fabric.is_global_zero else nullcontext():
+        if fabric.is_global_zero:
+            for folder, _, _ in before.values():
+                folder.settle()
+        fabric.barrier()
         for name in names:
             folder, plan, status = before[name]
             replace = force or STAGES[name].derived

@@ -28,9 +28,7 @@ def load_config(file: Path | None = None, settings: Iterable[str] = (), run: str
 
     Raises ConfigError for anything unknown, mistyped or out of range.
     """
-    values: dict[str, Any] = {}
-    if file is not None:
-        values = _read(file)
+    values = {} if file is None else _read(file)
     values.setdefault("harden", [{"name": HardenConfig.name}])  # settings may call the default by its name
     fault: ConfigError | None = None
     for setting in settings:
@@ -45,6 +43,16 @@ def load_config(file: Path | None = None, settings: Iterable[str] = (), run: str
     if run is not None:
         values["run"] = run
     return _validate(values, f"--run {run}" if run is not None else "defaults")
+
+
+def is_given(key: str, file: Path | None, settings: Iterable[str]) -> bool:
+    """Whether such a file, what it is built on, or one of these settings names the dotted `key`."""
+    values: Any = {} if file is None else _read(file)
+    for setting in settings:
+        _apply(values, setting)
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values is not None
 
 
 def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -154,11 +154,12 @@ class StageFolder:
         return self.run / f"{self.name}.part"
 
     def facts(self) -> dict[str, Any] | None:
-        """What `stage.json` of the finished stage says; None if there is none."""
-        return _read(self.done / FACTS)
+        """What `stage.json` of the finished stage says, also before `settle`; None if there is none."""
+        return _read(self.part / FACTS) or _read(self.done / FACTS)
 
     def begun(self) -> dict[str, Any] | None:
-        return _read(self.part / PLAN)
+        """What `plan.json` of unfinished work says; None if there is none."""
+        return None if (self.part / FACTS).exists() else _read(self.part / PLAN)
 
     def fits(self, plan: Plan, facts: Mapping[str, Any] | None) -> bool:
         """Whether what these facts tell of, finished or begun, is what the plan would make now."""
@@ -241,7 +242,10 @@ class StageFolder:
         self.settle()
 
     def settle(self) -> None:
-        """Put a complete work folder in its place: the end of `commit`, also one that was cut short."""
+        """Put a complete work folder in its place: the end of `commit`, also one that was cut short.
+
+        Only for who has the run to itself.
+        """
         if not (self.part / FACTS).exists():
             return
         for leftover in (STATE, PLAN):

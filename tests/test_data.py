@@ -218,6 +218,25 @@ def test_image_folder_is_deterministic_and_its_digest_follows_the_files(tmp_path
     assert load_data(config).digest != first.digest
 
 
+@pytest.mark.parametrize("pixel", [(0, 0), (30, 30), (59, 59)])
+def test_the_digest_of_a_folder_sees_an_image_of_the_same_size(
+    tmp_path: Path, pixel: tuple[int, int]
+) -> None:
+    """Of a format that does not compress, all images of one size have as many bytes."""
+    config = image_folder(tmp_path)
+    path = tmp_path / "train/cat/9.bmp"
+    image = Image.new("RGB", (60, 60))
+    image.save(path)
+    before, size = load_data(config).digest, path.stat().st_size
+    image.putpixel(pixel, (255, 0, 0))
+    image.save(path)
+    assert path.stat().st_size == size
+    assert load_data(config).digest != before
+    image.putpixel(pixel, (0, 0, 0))
+    image.save(path)  # at another time: copies are the same
+    assert load_data(config).digest == before
+
+
 def test_unreadable_images_are_named_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = image_folder(tmp_path)
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)

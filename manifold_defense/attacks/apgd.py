@@ -13,12 +13,12 @@ from manifold_defense.attacks.objective import (
     Objective,
     attack_loss,
     clearly,
-    evaluation_mode,
     likely_wrong,
     logits_and_gradient,
     margins,
     towards,
 )
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
 # Weight of the new step against the last move, and the share of steps that must raise the loss for the

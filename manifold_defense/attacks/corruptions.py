@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manifold_defense.attacks.jpeg import compress
-from manifold_defense.attacks.objective import clearly, evaluation_mode, margins
+from manifold_defense.attacks.objective import clearly, margins
 from manifold_defense.attacks.resampling import blur, pixel_places, rotate, translate, warp
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
 _DIRECTIONS = tuple((down, right) for down in (-1, 0, 1) for right in (-1, 0, 1) if (down, right) != (0, 0))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from manifold_defense.attacks.norms import geometry
-from manifold_defense.attacks.objective import evaluation_mode, fooled, input_gradient, margins
+from manifold_defense.attacks.objective import fooled, input_gradient, margins
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
 _OFFSET = 1e-2

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from manifold_defense.attacks.minimum_norm import Nearest, refine, smooth_gradient
 from manifold_defense.attacks.norms import free, geometry
-from manifold_defense.attacks.objective import evaluation_mode
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
 # The share of the passes that refines what the others have found.

@@ -8,7 +8,8 @@ from torch import Tensor
 from manifold_defense.attacks.halfspace import nearest_in_halfspace
 from manifold_defense.attacks.minimum_norm import Nearest, clearance
 from manifold_defense.attacks.norms import sizes
-from manifold_defense.attacks.objective import evaluation_mode, input_gradient
+from manifold_defense.attacks.objective import input_gradient
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
 

@@ -13,13 +13,13 @@ from manifold_defense.attacks.lagrange import raised, unit
 from manifold_defense.attacks.norms import column, geometry
 from manifold_defense.attacks.objective import (
     clearly,
-    evaluation_mode,
     fooled,
     input_gradient,
     logits_and_gradient,
     margins,
 )
 from manifold_defense.attacks.window import best_drawn, draw_windows, pieces_for
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
 Method = Literal["lagrangian", "orthogonal", "selective"]
@@ -79,7 +79,7 @@ def detector_aware(
     def place(clean: Tensor, drawn: Tensor) -> Tensor:
         return shape.place(clean, drawn, eps, (0.0, 1.0))
 
-    with evaluation_mode(model), evaluation_mode(residual):
+    with evaluation_mode(model, residual):
         best_margin = x.new_full((len(x),), -torch.inf)
         found = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for restart in range(restarts):

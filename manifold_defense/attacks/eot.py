@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manifold_defense.attacks.objective import correct, evaluation_mode
+from manifold_defense.attacks.objective import correct
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.randomised import seeded
 from manifold_defense.types import Classifier
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from manifold_defense.attacks.halfspace import nearest_in_halfspace
 from manifold_defense.attacks.minimum_norm import Nearest, clearance, refine
 from manifold_defense.attacks.norms import column, geometry, sizes
-from manifold_defense.attacks.objective import evaluation_mode, input_gradient, likely_wrong, margins
+from manifold_defense.attacks.objective import input_gradient, likely_wrong, margins
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
 # Of the paper: how far beyond the linearised boundary, how much of the way back once the image fools, and the

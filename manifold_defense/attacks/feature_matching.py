@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from manifold_defense.attacks.norms import geometry
-from manifold_defense.attacks.objective import clearly, evaluation_mode, input_gradient, margins
+from manifold_defense.attacks.objective import clearly, input_gradient, margins
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
 _BOX = (0.0, 1.0)

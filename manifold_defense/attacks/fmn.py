@@ -10,7 +10,8 @@ from torch import Tensor
 from manifold_defense.attacks.halfspace import NORMS, nearest_in_halfspace
 from manifold_defense.attacks.minimum_norm import Nearest, refine, smooth_gradient
 from manifold_defense.attacks.norms import free, geometry, sizes
-from manifold_defense.attacks.objective import evaluation_mode, margins
+from manifold_defense.attacks.objective import margins
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
 # The share of the passes that refines what the others have found.

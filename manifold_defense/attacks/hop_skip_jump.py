@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manifold_defense.attacks.norms import geometry
-from manifold_defense.attacks.objective import evaluation_mode, fooled
+from manifold_defense.attacks.objective import fooled
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
 _NOISES = 40  # images that are tried as starts, the same for all

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from manifold_defense.attacks.minimum_norm import Nearest
-from manifold_defense.attacks.objective import evaluation_mode, input_gradient
+from manifold_defense.attacks.objective import input_gradient
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
 # Pairs are formed among so many features, those that gain most alone: all pairs would be P² per image.

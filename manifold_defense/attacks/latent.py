@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from manifold_defense.attacks.objective import evaluation_mode
 from manifold_defense.attacks.pgd import pgd
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Generator
 
 
@@ -27,7 +27,7 @@ def latent_attack(
 
     The label stays that of G(z) as long as eps is small against the distance between classes.
     """
-    with evaluation_mode(model), evaluation_mode(generator):
+    with evaluation_mode(model, generator):
         moved = pgd(
             lambda latent: model(generator(latent)),
             z,

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manifold_defense.attacks.norms import Bounds, column, free, geometry
-from manifold_defense.attacks.objective import clearly, evaluation_mode, logits_and_gradient, margins
+from manifold_defense.attacks.objective import clearly, logits_and_gradient, margins
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
 # Diverse inputs are shrunk to at least this share of their side, and padded back (Xie et al. 2019).

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from manifold_defense.attacks.norms import geometry
-from manifold_defense.attacks.objective import evaluation_mode, margins
+from manifold_defense.attacks.objective import margins
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
 

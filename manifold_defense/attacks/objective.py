@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from manifold_defense.types import Classifier
 
 Objective = Callable[[Tensor], Tensor]  # logits (N, K) to what is raised, (N,)
-
-
-@contextmanager
-def evaluation_mode(model: Classifier) -> Iterator[None]:
-    """Eval mode for the time of an attack; every submodule gets its own mode back."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    modes = [module.training for module in modules]
-    try:
-        for module in modules:
-            module.training = False
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
 
 
 def fooled(logits: Tensor, y: Tensor, targeted: bool) -> Tensor:
@@ -39,11 +24,13 @@ def fooled(logits: Tensor, y: Tensor, targeted: bool) -> Tensor:
 
 def correct(logits: Tensor, y: Tensor) -> Tensor:
     """Whether each prediction (N, K) is y, (N,); NaN or infinity among the logits is wrong."""
+    _check(logits, y)
     return (logits.argmax(1) == y) & logits.isfinite().all(1)
 
 
 def margins(logits: Tensor, y: Tensor, targeted: bool) -> Tensor:
     """`max_{i≠y} Z_i − Z_y` of logits (N, K), (N,): above zero where the model errs; negated if targeted."""
+    _check(logits, y)
     own = logits.gather(1, y.unsqueeze(1)).squeeze(1)
     others = logits.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
     margin = own - others if targeted else others - own
@@ -58,6 +45,7 @@ def attack_loss(logits: Tensor, y: Tensor, loss: str, targeted: bool) -> Tensor:
     logits ratio `(max_{i≠y} Z_i − Z_y) / (Z_π1 − Z_π3)` does not change with their scale either
     (Croce & Hein 2020, eq. 6); with two classes, which have no third, it is the margin.
     """
+    _check(logits, y)
     if loss == "margin":
         return margins(logits, y, targeted)
     if loss == "dlr":
@@ -66,6 +54,15 @@ def attack_loss(logits: Tensor, y: Tensor, loss: str, targeted: bool) -> Tensor:
         raise ValueError(f"loss: expected ce, margin or dlr, got {loss!r}")
     value = F.cross_entropy(logits, y, reduction="none")
     return -value if targeted else value
+
+
+def _check(logits: Tensor, y: Tensor) -> None:
+    """Raise TypeError for what a classifier does not answer, and for what are no labels."""
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"model: expected logits (N, K), got {got}")
+    if y.dtype != torch.int64 or y.shape != logits.shape[:1]:
+        raise TypeError(f"y: expected int64 labels ({len(logits)},), got {y.dtype} {tuple(y.shape)}")
 
 
 def towards(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:

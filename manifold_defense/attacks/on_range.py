@@ -7,7 +7,8 @@ from torch import Tensor
 
 from manifold_defense.attacks.lagrange import unit
 from manifold_defense.attacks.norms import column, geometry
-from manifold_defense.attacks.objective import clearly, evaluation_mode, fooled, logits_and_gradient, margins
+from manifold_defense.attacks.objective import clearly, fooled, logits_and_gradient, margins
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.projection.config import ProjectionConfig
 from manifold_defense.projection.solvers import SOLVERS
 from manifold_defense.types import Classifier, Generator, Norm

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from manifold_defense.attacks.lagrange import raised, unit
 from manifold_defense.attacks.norms import column, geometry
-from manifold_defense.attacks.objective import evaluation_mode, logits_and_gradient, margins
+from manifold_defense.attacks.objective import logits_and_gradient, margins
 from manifold_defense.attacks.on_range import range_attack
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.projection.config import ProjectionConfig
 from manifold_defense.projection.solvers import SOLVERS
 from manifold_defense.types import Classifier, Generator, Norm

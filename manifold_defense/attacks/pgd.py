@@ -7,7 +7,8 @@ from torch import Tensor
 
 from manifold_defense.attacks.ascent import ascend_in_ball
 from manifold_defense.attacks.norms import geometry
-from manifold_defense.attacks.objective import evaluation_mode, logits_and_gradient
+from manifold_defense.attacks.objective import logits_and_gradient
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
 

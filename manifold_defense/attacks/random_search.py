@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from manifold_defense.attacks.objective import clearly, evaluation_mode, margins
+from manifold_defense.attacks.objective import clearly, margins
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier
 
 # draw(*shape): numbers uniform in [0, 1), (N, *shape), a row for each image that is being attacked.

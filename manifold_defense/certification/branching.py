@@ -82,7 +82,7 @@ def branching_certificates(
 ) -> Certificates:
     """The largest of the radii at which `decide` proves the prediction; 0 if it does at none."""
     prediction = model(x).argmax(1)
-    radius = x.new_zeros(len(x))
+    radius = x.new_zeros(len(x), dtype=torch.float64)  # in float32 a radius would be another than was asked
     alive = torch.arange(len(x), device=x.device)
     for eps in sorted(radii):
         alive = alive[decide(model, x[alive], prediction[alive], eps, boxes=boxes).proved]

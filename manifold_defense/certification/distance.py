@@ -32,6 +32,8 @@ class PatchClassifier(nn.Module):
             )
         if len(labels) != len(means) or sorted(set(labels.tolist())) != list(range(int(labels.max()) + 1)):
             raise ValueError(f"labels: expected one for each of {len(means)} patches, every class among them")
+        if not labels.any():
+            raise ValueError("labels: expected patches of at least two classes")
         self.register_buffer("means", means.detach().clone())
         self.register_buffer("bases", bases.detach().clone())
         self.register_buffer("labels", labels.detach().clone())

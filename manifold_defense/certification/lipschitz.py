@@ -46,10 +46,12 @@ def _of_features(model: ImageClassifier) -> float:
 def chain(body: nn.Module) -> list[nn.Module]:
     """The layers of a plain feed-forward network, in order.
 
-    Raises TypeError for a network that is more than that, a ResNet for one.
+    Raises TypeError for a network that is more than that, a ResNet for one, or that pads by more than zeros.
     """
     if isinstance(body, nn.Sequential):
         return [layer for part in body for layer in chain(part)]
+    if isinstance(body, nn.Conv2d) and body.padding_mode != "zeros":
+        raise TypeError(f"this proof follows convolutions padded with zeros, got {body.padding_mode} padding")
     if isinstance(body, (nn.Conv2d, nn.Linear, nn.ReLU, nn.Flatten, nn.Identity)):
         return [body]
     raise TypeError(
@@ -73,8 +75,8 @@ def convolution_norm(layer: nn.Conv2d, shape: tuple[int, ...]) -> float:
     of a circular one on a torus that is larger by the kernel, whose singular values are those of a small
     matrix at each frequency (Sedghi, Gupta & Long 2019). Unlike power iteration this never falls short.
     """
-    if layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
-        raise TypeError("this proof follows plain convolutions, without groups, dilation or other padding")
+    if layer.groups != 1 or layer.dilation != (1, 1):
+        raise TypeError("this proof follows plain convolutions, without groups or dilation")
     if not isinstance(layer.padding, tuple):
         raise TypeError("this proof needs the padding of a convolution in numbers")
     (rows, columns), weight = layer.stride, _double(layer.weight)

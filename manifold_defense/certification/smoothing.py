@@ -14,8 +14,8 @@ import torch
 from scipy.stats import binomtest, norm
 from torch import Tensor, nn
 
-from manifold_defense.attacks.objective import evaluation_mode
 from manifold_defense.certification.certificates import ABSTAINED, Certificates
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier
 
 

@@ -60,5 +60,6 @@ class _Counted(nn.Module):
             x.register_hook(self._passed)
         return self.model(x)
 
-    def _passed(self, gradient: Tensor) -> None:
-        self.meter.backward += len(gradient) * self.draws
+    def _passed(self, gradient: Tensor | None) -> None:
+        if gradient is not None:  # as a function of the model's own can have it, which hides the true one
+            self.meter.backward += len(gradient) * self.draws

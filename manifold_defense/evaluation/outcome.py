@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from manifold_defense.attacks.norms import sizes
-from manifold_defense.attacks.objective import correct, evaluation_mode
+from manifold_defense.attacks.objective import correct
 from manifold_defense.evaluation.meter import COSTS, Meter
 from manifold_defense.evaluation.suite import NO_GRADIENT, Defence, Job
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.randomised import seeded
-from manifold_defense.rejection import defended
+from manifold_defense.rejection import credited
 
 # Between the seeds of rounds: more than a round has chunks. Those of the checks lie beyond all rounds.
 _ROUND_SEEDS = 1_000_003
@@ -98,7 +99,7 @@ def judge(defence: Defence, x: Tensor, y: Tensor, *, attacked: bool, seed: int) 
     with evaluation_mode(model), seeded(model, 2 * seed + 1):  # not the draws that the attack has seen
         if defence.predict is not None:
             prediction = defence.predict(x)
-            return prediction, defended(prediction, y, attacked=attacked).float()
+            return prediction, credited(prediction, y, attacked=attacked).float()
         logits = model(x)
         score = correct(logits, y).float()
         for _ in range(defence.draws - 1):

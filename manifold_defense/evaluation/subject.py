@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from manifold_defense.attacks import fgsm, mean_over_draws, noise, pgd, square
-from manifold_defense.attacks.objective import correct, evaluation_mode, logits_and_gradient
+from manifold_defense.attacks.objective import correct, logits_and_gradient
 from manifold_defense.evaluation.suite import Defence
-from manifold_defense.rejection import defended
+from manifold_defense.modes import evaluation_mode
+from manifold_defense.rejection import credited
 from manifold_defense.types import Classifier, Threat
 
 
@@ -101,7 +102,7 @@ class Subject:
         if len(x_adv) == 0:
             return x_adv.new_zeros(0)
         if (predicted := self.predicted(x_adv)) is not None:
-            return defended(predicted, y, attacked=True).to(x_adv)
+            return credited(predicted, y, attacked=True).to(x_adv)
         return mean_over_draws(self.defence.model, x_adv, y, self.defence.draws, seed).to(x_adv)
 
     def share(self, *attack: Any) -> float:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manifold_defense.attacks import geometry, mi_fgsm, pgd
-from manifold_defense.attacks.objective import evaluation_mode, logits_and_gradient
+from manifold_defense.attacks.objective import logits_and_gradient
 from manifold_defense.hardening.objective import Base, InBall, Step, check, divergence, mixed, ramped
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Ball, Classifier, Threat
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manifold_defense.attacks.objective import evaluation_mode, margins
+from manifold_defense.attacks.objective import margins
 from manifold_defense.hardening.disturbance import Disturbance
 from manifold_defense.hardening.objective import Base, Step, check, divergence
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Threat
 
 
@@ -33,7 +34,9 @@ class Union(Base):
 
     @property
     def threats(self) -> tuple[Threat, ...]:
-        return tuple(dict.fromkeys(self.disturbance.threats))
+        """None without an adversary."""
+        adversarial = self.disturbance.kind == "adversarial"
+        return tuple(dict.fromkeys(self.disturbance.threats)) if adversarial else ()
 
     def __call__(self, model: Classifier, x: Tensor, y: Tensor, step: Step, /) -> Tensor:
         def lead(images: Tensor) -> Tensor:

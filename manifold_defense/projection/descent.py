@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.projection.config import ProjectionConfig
 from manifold_defense.projection.losses import LOSSES
 from manifold_defense.projection.metric import Metric, mean_metric
@@ -34,14 +35,15 @@ def project(
 ) -> Projection:
     """Project images (N, C, H, W) in [0, 1] onto the range of `generator`.
 
-    Deterministic, and per image: neither the batch nor the caller's gradient or inference mode
-    changes the result (beyond rounding, which a solver can amplify where the generator has a kink).
+    Deterministic, and per image: neither the batch nor the caller's gradient or inference mode, nor the
+    mode of the modules, which are asked in eval mode, changes the result (beyond rounding, which a solver
+    can amplify where the generator has a kink).
     The result carries no gradient; see `project_exactly` for one that does. A bank or metric that the
     config asks for is computed unless it is passed. Raises ValueError for anything but finite float
     images of the generator's shape in [0, 1]; an empty batch gives an empty projection.
     """
     check_images(x, generator.image_shape)
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(generator, encoder):
         x = x.detach().clone()  # leaves inference mode
         bank, metric = surroundings(generator, x, config, bank, metric)
         problem = Problem(generator, config, metric)
@@ -69,14 +71,15 @@ def project_exactly(
     derivatives of the result.
     """
     check_images(x, generator.image_shape)
-    bank, metric = surroundings(generator, x.detach(), config, bank, metric)
-    problem = Problem(generator, config, metric)
-    return torch.cat(
-        [
-            generator(problem.latent(_Unrolled.apply(part, start, problem)))
-            for part, start in _chunks(problem, x, encoder, bank)
-        ]
-    )
+    with evaluation_mode(generator, encoder):
+        bank, metric = surroundings(generator, x.detach(), config, bank, metric)
+        problem = Problem(generator, config, metric)
+        return torch.cat(
+            [
+                generator(problem.latent(_Unrolled.apply(part, start, problem)))
+                for part, start in _chunks(problem, x, encoder, bank)
+            ]
+        )
 
 
 def project_softly(
@@ -95,17 +98,18 @@ def project_softly(
     differentiable in x through every step of all of them, at their price. None is dropped underway.
     """
     check_images(x, generator.image_shape)
-    bank, metric = surroundings(generator, x.detach(), config, bank, metric)
-    each = Problem(generator, replace(config, restarts=1, halve_every=0), metric)
     parts = [x[:0]]
-    for part, start in _chunks(Problem(generator, config, metric), x, encoder, bank):
-        target = part.repeat_interleave(config.restarts, 0)
-        point = _Unrolled.apply(target, start.flatten(0, 1).unsqueeze(1), each)
-        loss = each.loss(point, target)[0].view(len(part), -1)
-        scale = temperature * loss.amin(1, keepdim=True).clamp(min=1e-12)
-        weights = (-loss / scale).softmax(1)
-        images = generator(each.latent(point)).view(len(part), config.restarts, *part.shape[1:])
-        parts.append(torch.einsum("nr,nrchw->nchw", weights, images))
+    with evaluation_mode(generator, encoder):
+        bank, metric = surroundings(generator, x.detach(), config, bank, metric)
+        each = Problem(generator, replace(config, restarts=1, halve_every=0), metric)
+        for part, start in _chunks(Problem(generator, config, metric), x, encoder, bank):
+            target = part.repeat_interleave(config.restarts, 0)
+            point = _Unrolled.apply(target, start.flatten(0, 1).unsqueeze(1), each)
+            loss = each.loss(point, target)[0].view(len(part), -1)
+            scale = temperature * loss.amin(1, keepdim=True).clamp(min=1e-12)
+            weights = (-loss / scale).softmax(1)
+            images = generator(each.latent(point)).view(len(part), config.restarts, *part.shape[1:])
+            parts.append(torch.einsum("nr,nrchw->nchw", weights, images))
     return torch.cat(parts)
 
 
@@ -117,10 +121,11 @@ def surroundings(
     metric: Metric | None = None,
 ) -> tuple[Bank | None, Metric | None]:
     """Bank and metric that `config` asks for, made where they are missing; None where it does not."""
-    if config.uses_bank and bank is None:
-        bank = make_bank(generator, like, config.bank, config.seed)
-    if config.uses_metric and metric is None:
-        metric = mean_metric(generator, like)
+    with evaluation_mode(generator):
+        if config.uses_bank and bank is None:
+            bank = make_bank(generator, like, config.bank, config.seed)
+        if config.uses_metric and metric is None:
+            metric = mean_metric(generator, like)
     return bank if config.uses_bank else None, metric if config.uses_metric else None
 
 
@@ -249,9 +254,12 @@ def _descend(problem: Problem, x: Tensor, start: Tensor, *, record: bool = False
             rows, target, state = rows[going], target[going], tuple(entry[going] for entry in state)
             whole = False
     if len(rows):
-        with torch.no_grad():
-            last = state[0].detach()
-            loss, _ = problem.loss(last, target)
+        last = state[0].detach()
+        if path.restarts == 1 and (config.iterate == "last" or not config.steps):
+            loss = last.new_zeros(len(last))  # nothing to choose from: it need not be drawn
+        else:
+            with torch.no_grad():
+                loss, _ = problem.loss(last, target)
         path.offer(rows, last, loss, config.steps, replace=config.iterate == "last")
     return path
 
@@ -311,7 +319,7 @@ class _Unrolled(torch.autograd.Function):
             onward = (ctx.index > k).nonzero().squeeze(1)
             if not len(onward):
                 continue
-            with torch.enable_grad():
+            with torch.enable_grad(), evaluation_mode(problem.generator):
                 state = tuple(entry.detach().requires_grad_(True) for entry in ctx.states[k])
                 image = x[onward].requires_grad_(True)
                 loss, _ = problem.loss(state[0], image)

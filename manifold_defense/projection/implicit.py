@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from manifold_defense.modes import evaluation_mode
 from manifold_defense.projection.config import ProjectionConfig
 from manifold_defense.projection.descent import Problem
 from manifold_defense.projection.jacobian import Jacobian
@@ -60,12 +61,13 @@ def stationarity(generator: Generator, x: Tensor, z: Tensor, config: ProjectionC
     random the value is of order √D. The implicit formulas speak of the projection only where it is
     small.
     """
-    products = Jacobian(generator, z)
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(generator):
+        products = Jacobian(generator, z)
         x = x.detach().clone()
         loss, distance = Problem(generator, config, None).loss(products.z, x)
         gradient: Tensor = torch.autograd.grad(loss.sum(), products.z)[0]
-    size: Tensor = (products.stretch().squeeze(1) * distance.detach()).clamp(min=1e-24).sqrt()
+        stretch = products.stretch().squeeze(1)
+    size: Tensor = (stretch * distance.detach()).clamp(min=1e-24).sqrt()
     length: Tensor = torch.linalg.vector_norm(gradient, dim=1)
     return length / (2 * size)
 
@@ -84,51 +86,65 @@ class _Attached(torch.autograd.Function):
     ) -> Tensor:
         ctx.problem, ctx.formula, ctx.limits = problem, formula, (iterations, tolerance, damping)
         ctx.save_for_backward(x, z)
-        image: Tensor = problem.generator(z)
+        with evaluation_mode(problem.generator):
+            image: Tensor = problem.generator(z)
         return image
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         x, z = ctx.saved_tensors
-        problem: Problem = ctx.problem
-        generator, config = problem.generator, problem.config
-        iterations, tolerance, damping = ctx.limits
-        products = Jacobian(generator, z)
-        residual = (products.image.detach() - x).flatten(1)
-
-        def curvature(w: Tensor) -> Tensor:
-            """`W w`, the loss's second derivative in the image; 2 for the squared error."""
-            return _second_derivative(config, residual, w.flatten(1)).view_as(w)
-
-        def normal(p: Tensor) -> Tensor:
-            """The matrix of `tangent` or `gauss_newton`, times p (N, D)."""
-            along = products.along(p)
-            if ctx.formula == "tangent":
-                return products.transposed(along)
-            return products.transposed(curvature(along)) + 2 * config.prior_weight * p
-
-        def hessian(p: Tensor) -> Tensor:
-            """`∇²_z F p` (N, D)."""
-            product: Tensor = torch.autograd.grad(slope, products.z, p, retain_graph=True)[0]
-            return product
-
-        if ctx.formula == "implicit":
-            with torch.enable_grad():
-                loss, _ = Problem(generator, config, None).loss(products.z, x.detach())
-                (slope,) = torch.autograd.grad(loss.sum(), products.z, create_graph=True)
-        matrix = hessian if ctx.formula == "implicit" else normal
-        right, scale = products.transposed(v), products.stretch()
-        solution = conjugate_gradients(
-            lambda p: matrix(p) + damping * scale * p,
-            right,
-            precondition=_inverse_metric(problem.metric),
-            iterations=iterations,
-            tolerance=tolerance,
-        )
-        along = products.along(solution)
-        grad_x = along if ctx.formula == "tangent" else curvature(along)
+        with evaluation_mode(ctx.problem.generator):
+            grad_x = _pulled_back(ctx.problem, ctx.formula, x, z, v, *ctx.limits)
         return grad_x, None, None, None, None, None, None
+
+
+def _pulled_back(
+    problem: Problem,
+    formula: Formula,
+    x: Tensor,
+    z: Tensor,
+    v: Tensor,
+    iterations: int,
+    tolerance: float,
+    damping: float,
+) -> Tensor:
+    """The cotangent of x (N, C, H, W) that `formula` makes of v, that of G(z); see `attach_gradient`."""
+    generator, config = problem.generator, problem.config
+    products = Jacobian(generator, z)
+    residual = (products.image.detach() - x).flatten(1)
+
+    def curvature(w: Tensor) -> Tensor:
+        """`W w`, the loss's second derivative in the image; 2 for the squared error."""
+        return _second_derivative(config, residual, w.flatten(1)).view_as(w)
+
+    def normal(p: Tensor) -> Tensor:
+        """The matrix of `tangent` or `gauss_newton`, times p (N, D)."""
+        along = products.along(p)
+        if formula == "tangent":
+            return products.transposed(along)
+        return products.transposed(curvature(along)) + 2 * config.prior_weight * p
+
+    def hessian(p: Tensor) -> Tensor:
+        """`∇²_z F p` (N, D)."""
+        product: Tensor = torch.autograd.grad(slope, products.z, p, retain_graph=True)[0]
+        return product
+
+    if formula == "implicit":
+        with torch.enable_grad():
+            loss, _ = Problem(generator, config, None).loss(products.z, x.detach())
+            (slope,) = torch.autograd.grad(loss.sum(), products.z, create_graph=True)
+    matrix = hessian if formula == "implicit" else normal
+    right, scale = products.transposed(v), products.stretch()
+    solution = conjugate_gradients(
+        lambda p: matrix(p) + damping * scale * p,
+        right,
+        precondition=_inverse_metric(problem.metric),
+        iterations=iterations,
+        tolerance=tolerance,
+    )
+    along = products.along(solution)
+    return along if formula == "tangent" else curvature(along)
 
 
 def conjugate_gradients(

@@ -69,7 +69,7 @@ _ALL = (
     ),
     Stage(
         "harden",
-        4,
+        classifiers.VERSION,
         "adversarial training of the classifier",
         _harden_sections,
         _harden_inputs,

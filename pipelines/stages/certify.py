@@ -36,6 +36,7 @@ from pipelines.board import curves, save_figure
 from pipelines.context import Context
 from pipelines.data import subset, to_float
 from pipelines.defences import PREPROCESSING, behind, load_parts
+from pipelines.stage import StageError
 
 _CHUNK = 10  # images between two savings
 _ATTACK_STEPS = 40
@@ -118,6 +119,11 @@ def _proofs(context: Context) -> Iterator[Proof]:
             defended = Clipped(DefendedClassifier(filter, classifier))
             yield Proof(filtered, "smoothing", "l2", partial(smooth, defended), None)
     if "distance" in config.methods:
+        classes = len(context.data.classes)
+        if config.bank < classes:
+            raise StageError(
+                f"certify.bank: expected at least {classes}, one image of each class, got {config.bank}"
+            )
         bank = subset(context.data.train, min(config.bank, len(context.data.train.labels)))
         patches = fit_patches(
             to_float(bank.images),
@@ -220,9 +226,8 @@ def _write_csv(path: Path, y: Tensor, proofs: Sequence[Proof], found: dict[str, 
         for proof in proofs:
             rows = zip(labels, *(column.tolist() for column in found[proof.name]), strict=True)
             for i, (label, prediction, radius) in enumerate(rows):
-                writer.writerow(
-                    (i, label, proof.defence, proof.method, proof.norm, prediction, f"{radius:.6f}")
-                )
+                # In full: rounded to six places it could be more than is proved.
+                writer.writerow((i, label, proof.defence, proof.method, proof.norm, prediction, radius))
     partial_path.replace(path)
 
 

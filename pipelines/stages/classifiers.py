@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gan.optimisation import seeded
 from manifold_defense.artifact import load_classifier, save_classifier
+from manifold_defense.certification.lipschitz import chain
 from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
 from manifold_defense.filter import ManifoldFilter
 from manifold_defense.hardening import Clean, Objective
@@ -23,8 +24,9 @@ from pipelines.data import ImageData, data_digest, to_float
 from pipelines.defences import behind, load_run_filter
 from pipelines.judging import accuracy, held_out, proved
 from pipelines.own import load_own_classifier
-from pipelines.stage import FACTS, STATE, Plan, figures, settings_of, write_json
+from pipelines.stage import FACTS, STATE, Plan, StageError, figures, settings_of, write_json
 
+VERSION = 4  # of `harden` and of each of its variants
 VARIANT = "variant.json"
 _VALIDATION_STEPS = 10
 _CUSTOMARY = (Threat("linf", 0.15),)  # for what is trained for no threat
@@ -125,7 +127,8 @@ def _fingerprint(context: Context, variant: HardenConfig) -> str:
     for name in needed:
         facts = context.inputs[name] / FACTS
         inputs[name] = json.loads(facts.read_text())["fingerprint"] if facts.exists() else ""
-    return Plan("harden", 3, settings_of(config, sections, data_digest(config.data)), inputs).fingerprint
+    made_of = settings_of(config, sections, data_digest(config.data))
+    return Plan("harden", VERSION, made_of, inputs).fingerprint
 
 
 def _harden(own: Context, context: Context, variant: HardenConfig) -> dict[str, Any]:
@@ -141,6 +144,11 @@ def _harden(own: Context, context: Context, variant: HardenConfig) -> dict[str, 
 
     architecture = variant.architecture
     start = _untrained(context, architecture) if architecture else earlier(variant.start)
+    if variant.objective.name == "interval_bounds":
+        try:
+            chain(start.body)
+        except TypeError as error:
+            raise StageError(f"harden.{variant.name}.start: {error}") from None
     filter = load_run_filter(context) if variant.needs_filter else None
     teacher = earlier(variant.teacher).requires_grad_(False) if variant.teacher else None
     metrics = _train(own, start, variant.training, variant.objective, variant, filter, teacher)

@@ -40,7 +40,7 @@ from manifold_defense.attacks import (
     window_pgd,
 )
 from manifold_defense.attacks.norms import sizes
-from manifold_defense.attacks.objective import evaluation_mode
+from manifold_defense.modes import evaluation_mode
 
 LINF: dict[str, Any] = {"norm": "linf", "eps": 0.1}
 L2: dict[str, Any] = {"norm": "l2", "eps": 0.8}

@@ -192,6 +192,29 @@ def test_saving_again_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     assert load_filter(tmp_path).encoder is not None
 
 
+@pytest.mark.parametrize("moves", [0, 1])
+def test_a_saving_that_is_cut_short_leaves_no_facts_of_other_weights(
+    moves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_filter(make_filter(encoder=False), tmp_path)
+    move, done = os.replace, []
+
+    def cut_short(source: Any, target: Any) -> None:
+        if len(done) == moves:
+            raise KeyboardInterrupt
+        done.append(target)
+        move(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            save_filter(make_filter(), tmp_path)
+    with pytest.raises(ArtifactError, match=r"expected a folder with filter\.json in it"):
+        load_filter(tmp_path)
+    save_filter(make_filter(), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["filter.json", "filter.safetensors"]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="modes of files are those of POSIX")
 def test_another_user_may_load_what_the_umask_lets_them(tmp_path: Path) -> None:
     before = os.umask(0o022)

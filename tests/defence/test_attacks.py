@@ -41,6 +41,15 @@ def test_bad_arguments_are_refused(attack: Any, keywords: dict[str, Any], words:
         attack(network(3), images(), torch.zeros(12, dtype=torch.long), **keywords)
 
 
+@pytest.mark.parametrize("attack", [fgsm, pgd, cw])
+def test_what_is_no_answer_and_what_are_no_labels_is_named(attack: Any) -> None:
+    x, model = images(), network(3)
+    with pytest.raises(TypeError, match=r"^model: expected logits \(N, K\), got tuple"):
+        attack(lambda x: (model(x), x), x, torch.zeros(12, dtype=torch.long))
+    with pytest.raises(TypeError, match=r"^y: expected int64 labels \(12,\), got torch\.int32 \(12,\)"):
+        attack(model, x, torch.zeros(12, dtype=torch.int32))
+
+
 def test_stronger_is_stronger() -> None:
     """noise ≥ fgsm ≥ pgd in images left, and more ε never helps the defender."""
     model, x = network(3), images(200)

@@ -99,6 +99,11 @@ def test_a_network_that_a_proof_cannot_follow_is_refused(certify: Any) -> None:
     model.body = nn.Sequential(model.body, nn.GELU())
     with pytest.raises(TypeError, match="layer of kind GELU"):
         certify(model, torch.rand(2, 1, 8, 8))
+    # What a box spreads to through a border that is not of zeros no convolution of its radius says.
+    model.body = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, padding_mode="circular"), nn.Flatten())
+    model.head = nn.Linear(256, 10)
+    with pytest.raises(TypeError, match="padded with zeros, got circular padding"):
+        certify(model, torch.rand(2, 1, 8, 8))
 
 
 # --- Interval bounds ---
@@ -263,6 +268,8 @@ def test_a_distance_classifier_says_what_it_expects() -> None:
         PatchClassifier(torch.rand(3, 4), torch.rand(3, 1, 5), torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match="labels: expected"):
         PatchClassifier(torch.rand(2, 4), torch.rand(2, 0, 4), torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match="at least two classes"):
+        fit_patches(torch.rand(3, 1, 2, 2), torch.tensor([0, 0, 0]))
 
 
 def test_the_loss_of_the_bounds_is_above_that_of_every_attack(bounded: ImageClassifier, digits: Any) -> None:

@@ -232,6 +232,17 @@ def test_a_filter_stays_in_eval_mode_and_frozen(networks: Any, classifier: nn.Mo
     assert len(list(filter.parameters())) == len([p for n in networks for p in n.parameters()])
 
 
+def test_bank_and_metric_follow_the_weights(networks: Any) -> None:
+    generator, encoder = networks
+    config = ProjectionConfig("lbfgs", "bank", bank=50, steps=2)
+    filter, x = ManifoldFilter(generator, encoder, config), images(4)
+    before = filter(x)
+    assert torch.equal(filter(x), before)
+    generator.load_state_dict({name: 1.5 * value for name, value in generator.state_dict().items()})
+    assert not torch.equal(filter(x), before)
+    assert torch.equal(filter(x), ManifoldFilter(generator, encoder, config)(x))
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_training_behind_a_filter_moves_the_classifier_alone(
     filter: ManifoldFilter, classifier: nn.Module, view: Any

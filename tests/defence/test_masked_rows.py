@@ -1,5 +1,6 @@
 """What an evaluation says of figures that are no robustness: which rows are marked, and which are not."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,17 +16,32 @@ def test_a_masked_defence_is_marked_without_being_asked(classifier: nn.Module) -
     """Its attacks find nothing; the figure must not pass for robustness."""
     x, y = labelled(classifier)
 
-    class Detached(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return classifier(x.detach())
+    class Swallowed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
 
-    defences = [Defence.bare("honest", classifier), Defence.bare("detached", Detached())]
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> None:
+            return None
+
+    class Hidden(nn.Module):
+        def __init__(self, before: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.before = before
+
+        def forward(self, x: Tensor) -> Tensor:
+            return classifier(self.before(x))
+
+    hidden = {"detached": Hidden(Tensor.detach), "swallowed": Hidden(Swallowed.apply)}
+    defences = [Defence.bare(name, model) for name, model in {"honest": classifier, **hidden}.items()]
     found = evaluate(defences, [AttackConfig("pgd", steps=20)], [LINF], x, y)
     worst = {r.defence: r for r in found.rows if r.attack == "worst"}
-    assert worst["detached"].masked
-    assert "gradient" in {c.name for c in found.checks if c.defence == "detached" and not c.passed}
     assert not any(r.masked for r in found.rows if r.defence == "honest")
-    assert worst["detached"].robust_accuracy == worst["honest"].robust_accuracy  # by the honest one's images
+    for name in hidden:
+        assert worst[name].masked
+        assert "gradient" in {c.name for c in found.checks if c.defence == name and not c.passed}
+        assert worst[name].robust_accuracy == worst["honest"].robust_accuracy  # by the honest one's images
 
 
 def test_what_is_wrong_to_begin_with_hides_no_masked_gradient(classifier: nn.Module) -> None:

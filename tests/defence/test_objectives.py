@@ -275,6 +275,7 @@ def test_a_union_weighs_the_gap_to_the_clean_answer(digits: Any) -> None:
     x, y = digits[0][:50], digits[1][:50]
     clean, l2 = losses_of(Clean(), x, y), Threat("l2", 1.0)
     torch.testing.assert_close(losses_of(_union("none", l2), x, y), clean)
+    assert _union("none", l2).threats == _union("noise", l2).threats == ()  # it is hardened for nothing
     gaps = [
         (losses_of(objective, x, y) - clean).mean()
         for objective in (_union("noise", l2), _union("adversarial", l2, steps=1), _union("adversarial", l2))

@@ -13,7 +13,15 @@ import scipy.linalg
 import torch
 from torch import Tensor, nn
 
-from manifold_defense.projection import REFERENCE, ProjectionConfig, check_images, project, project_exactly
+from manifold_defense.projection import (
+    REFERENCE,
+    ProjectionConfig,
+    attach_gradient,
+    check_images,
+    project,
+    project_exactly,
+    project_softly,
+)
 from manifold_defense.projection.starts import starts
 from tests.defence.projection_support import Curved, images
 
@@ -135,6 +143,60 @@ def test_an_image_is_projected_as_if_alone(networks: Any, digits: Any, config: P
         torch.testing.assert_close(alone.image[0], together.image[i], atol=1e-9, rtol=0)
     shuffled = project(generator, x.flip(0), config, encoder=encoder)
     torch.testing.assert_close(shuffled.image.flip(0), together.image, atol=1e-9, rtol=0)
+
+
+class Normalising(Curved):
+    """Ends in batch statistics, by which images would be coupled in train mode, and which it would change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(64, affine=False).double()
+        self.norm.running_mean.fill_(0.5)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.sigmoid(self.norm(super().forward(z).flatten(1))).unflatten(1, self.image_shape)
+
+
+@pytest.mark.parametrize("call", [project, project_exactly, project_softly, attach_gradient])
+def test_networks_are_asked_in_eval_mode_and_keep_their_own(call: Any) -> None:
+    """Also where the gradient is taken, later."""
+    generator, x = Normalising(), images(3)
+    config = ProjectionConfig("lbfgs", "prior", restarts=2, steps=3)
+    z = torch.zeros(3, 3, dtype=torch.float64)
+
+    def ask() -> list[Tensor]:
+        moved = x.clone().requires_grad_(True)
+        if call is attach_gradient:
+            image = call(generator, moved, z, config, "implicit")
+        else:
+            image = call(generator, moved, config)
+        if call is project:
+            return [image.image]
+        return [image.detach(), torch.autograd.grad(image.square().sum(), moved)[0]]
+
+    generator.eval()
+    expected, before = ask(), generator.norm.running_mean.clone()
+    generator.train()
+    for found, wanted in zip(ask(), expected, strict=True):
+        assert torch.equal(found, wanted)
+    assert generator.training
+    assert torch.equal(generator.norm.running_mean, before)
+
+
+def test_an_encoder_alone_draws_each_image_once(networks: Any) -> None:
+    """One restart and no steps leave nothing to choose from."""
+    generator, encoder = networks
+    drawn = []
+    generator.register_forward_hook(lambda module, z, image: drawn.append(len(image)))
+    x = images(5, dtype=torch.float32)
+    for call in (project, project_exactly):
+        drawn.clear()
+        call(generator, x, ProjectionConfig(steps=0), encoder=encoder)
+        assert drawn == [5]
+    drawn.clear()
+    found = project(generator, x, ProjectionConfig(steps=0, restarts=2), encoder=encoder)
+    assert drawn == [10, 5]  # the better of two has to be found
+    assert (found.error <= project(generator, x, ProjectionConfig(steps=0), encoder=encoder).error).all()
 
 
 def test_a_coupled_generator_would_be_noticed(digits: Any) -> None:

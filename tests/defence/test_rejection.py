@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from manifold_defense import DefendedClassifier, ManifoldFilter, ProjectionConfig
 from manifold_defense.attacks import Expectation, detector_aware, fgsm, mean_over_draws, pgd
 from manifold_defense.randomised import RandomisedFilter, seeded
-from manifold_defense.rejection import REJECTED, RejectingClassifier, defended, roc, threshold_at
+from manifold_defense.rejection import REJECTED, RejectingClassifier, credited, roc, threshold_at
 from tests.defence.attack_table import Linear
 
 SOLVED = ProjectionConfig("lbfgs", "prior", steps=40)
@@ -75,7 +75,7 @@ def test_logits_are_those_of_the_filter_whether_refused_or_not(linear: Any) -> N
     assert (model.predict(x) == REJECTED).all()
     expected = DefendedClassifier(filter, model.classifier)
     assert torch.equal(model(x), expected(x))
-    assert torch.equal(model.defended(x), expected(x))
+    assert torch.equal(model.without_reject(x), expected(x))
     assert torch.equal(model.view("identity")(x), expected(x))
     assert model.view("identity").threshold == 0.0
 
@@ -96,8 +96,8 @@ def test_a_threshold_below_zero_is_refused(linear: Any, threshold: float) -> Non
 
 def test_a_refusal_is_a_defence_against_an_attack_and_an_error_on_a_clean_image() -> None:
     predictions, y = torch.tensor([0, 1, REJECTED]), torch.tensor([0, 0, 0])
-    assert defended(predictions, y, attacked=True).tolist() == [True, False, True]
-    assert defended(predictions, y, attacked=False).tolist() == [True, False, False]
+    assert credited(predictions, y, attacked=True).tolist() == [True, False, True]
+    assert credited(predictions, y, attacked=False).tolist() == [True, False, False]
 
 
 # --- Thresholds and curves ---
@@ -173,10 +173,10 @@ def test_a_detector_catches_who_does_not_know_of_it_and_not_who_does(linear: Any
     settings: dict[str, Any] = {"norm": "l2", "eps": 1.5, "steps": 25}
     # In the identity view an attack sees the pixels, and does not know that most of its way is lost.
     unaware = pgd(model.classifier, x, y, stop_early=False, **settings)
-    assert defended(model.predict(unaware), y, attacked=True).float().mean() > 0.9
+    assert credited(model.predict(unaware), y, attacked=True).float().mean() > 0.9
     assert (model.predict(unaware) == REJECTED).float().mean() > 0.9
     aware = detector_aware(model, x, y, residual=model.residual, threshold=model.threshold, **settings)
-    fooled = ~defended(model.predict(aware), y, attacked=True)
+    fooled = ~credited(model.predict(aware), y, attacked=True)
     assert fooled.any()
     assert (model.predict(aware)[fooled] == 0).all()
     assert (model.residual(aware)[fooled] <= model.threshold).all()

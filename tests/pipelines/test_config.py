@@ -140,6 +140,15 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
             "harden={objective={name='interval_bounds'}, behind='filter'}",
             "behind: interval bounds follow none but binarise",
         ),
+        (
+            "harden={objective={name='interval_bounds'}, architecture={name='resnet18'}}",
+            "harden.hardened: interval bounds follow a cnn or shallow, no resnet18",
+        ),
+        (
+            "harden=[{name='a', architecture={name='resnet18'}}, {name='b'}, "
+            "{name='c', start='a', objective={name='interval_bounds'}}]",
+            "harden.c: interval bounds follow a cnn or shallow, no resnet18",
+        ),
         ("harden={objective={name='noise'}, behind='filter'}", "behind: a filter takes images in [0, 1]"),
         ("harden={objective={name='gradient_penalty'}, behind='filter'}", "cannot be differentiated again"),
         ("certify.radii_l2=[]", "radii_l2: expected at least one"),

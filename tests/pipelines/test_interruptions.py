@@ -156,6 +156,10 @@ def test_a_commit_that_was_cut_short_is_completed(run_folder, old_is_left):
     (run_folder / "train-gan.part" / "state.ckpt").touch()
     if old_is_left:
         (run_folder / "train-gan.old").mkdir()
+    # To look moves nothing: whoever commits may be at it.
+    for look in (("stages",), ("run", "--dry-run")):
+        assert "unfinished" not in invoke(*look, *settings()).output
+    assert (run_folder / "train-gan.part" / "state.ckpt").exists()
     assert invoke("run", *settings()).output.count(": cached") == len(STAGES)
     assert not list(run_folder.glob("train-gan.*"))
     assert not list(run_folder.rglob("state.ckpt"))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from manifold_defense.types import Threat
-from pipelines.data import DataError, load_data
+from pipelines.data import DataError, ImageData, load_data
 from pipelines.judging import accuracy, held_out, quick_attack
 from pipelines.settings import load_config
 
@@ -58,12 +58,23 @@ def test_a_model_that_nothing_fools_keeps_all(digits):
     assert accuracy(constant, x, torch.full((len(x),), 9), THREATS, steps=2) == 1
 
 
+def some(*labels):
+    return ImageData(torch.zeros(len(labels), 1, 8, 8, dtype=torch.uint8), torch.tensor(labels))
+
+
 def test_of_the_fewest_images_one_is_held_out():
-    train = load_data(load_config(None, ["data.train_images=3"]).data).train
-    judged, rest = held_out(train)
-    assert (len(judged.labels), len(rest.labels)) == (1, 2)
-    with pytest.raises(DataError, match="training images: expected at least 2"):
-        held_out(judged)
+    judged, rest = held_out(some(1, 0, 1))
+    assert (judged.labels.tolist(), sorted(rest.labels.tolist())) == ([1], [0, 1])
+    for none in (judged, some(0, 1, 2)):
+        with pytest.raises(DataError, match="training images: expected at least 2 of some class"):
+            held_out(none)
+
+
+def test_a_class_of_one_image_is_trained_on():
+    """The first image of each class stands first in the shuffle that held-out ones are taken from."""
+    judged, rest = held_out(some(*[0] * 40, *[1] * 40, 2))
+    assert judged.labels.bincount().tolist() == [4, 4]
+    assert rest.labels.bincount().tolist() == [36, 36, 1]
 
 
 def test_validation_images_are_not_trained_on():

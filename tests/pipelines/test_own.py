@@ -241,6 +241,15 @@ def test_the_digest_of_defences_is_of_what_they_answer():
     assert digest_of([Defence.bare("0", Turned(0, 1e-8))], x) in found.values()
     assert torch.equal(torch.random.get_rng_state(), state)
 
+    class Noted(Turned):  # its state is not of tensors alone
+        def get_extra_state(self):
+            return {"by": self.by}
+
+        def set_extra_state(self, state):
+            pass
+
+    assert digest_of([Defence.bare("0", Noted(1))], x) == found[next(m for m in found if m[0].by == 1)]
+
 
 def test_one_whose_weights_are_lazy_is_made_by_its_first_images(tmp_path):
     assert run("--classifier", "mine_first:lazy").exit_code == 0
