@@ -122,12 +122,14 @@ def main(
                 "printed": row.robust_accuracy,
                 "true": true,
                 "masked": row.masked,
+                "settled": row.settled,
                 "failed": failed,
                 "deceived": deceived,
             }
             lines.append(line)
             click.echo(
-                f"{name:24} {row.norm:4} {row.eps:<5g} printed {row.robust_accuracy:6.1%}"
+                f"{name:24} {row.norm:4} {row.eps:<5g} printed {' ' if row.settled else '≤'}"
+                f"{row.robust_accuracy:6.1%}"
                 f"{' (masked)' if row.masked else '':9}  true {true:6.1%}  "
                 f"{'DECEIVED' if deceived else ', '.join(failed)}"
             )

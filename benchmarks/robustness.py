@@ -46,8 +46,8 @@ from manifold_defense import (
 )
 from manifold_defense.evaluation import AttackConfig, Defence, Evaluation, evaluate, in_batches
 from manifold_defense.evaluation.baselines import Binarise, Blur, Jpeg, Preprocess, Preprocessed
+from manifold_defense.evaluation.defence import ViewName
 from manifold_defense.evaluation.statistics import paired as sign_test
-from manifold_defense.evaluation.suite import ViewName
 from pipelines.jobs import JobStore, digest_of
 from pipelines.progress import progress_bar
 

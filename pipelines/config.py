@@ -19,7 +19,7 @@ from gan.training import GanConfig
 from manifold_defense.certification import SmoothingConfig
 from manifold_defense.classifiers import ArchitectureConfig
 from manifold_defense.evaluation import AttackConfig
-from manifold_defense.evaluation.suite import ViewName
+from manifold_defense.evaluation.defence import ViewName
 from manifold_defense.hardening import OBJECTIVES, Objective, Pgd, Union
 from manifold_defense.hardening.disturbance import Disturbance
 from manifold_defense.hardening.training import TrainingConfig

@@ -1,12 +1,14 @@
 """What a defence is worth: the per-image worst over attacks and views, with checks for masked gradients."""
 
 from manifold_defense.evaluation.checks import CHECKS, examine
+from manifold_defense.evaluation.defence import Defence
 from manifold_defense.evaluation.evaluate import Evaluation, ModelError, Store, evaluate
 from manifold_defense.evaluation.ledger import Row
 from manifold_defense.evaluation.outcome import Outcome, attack_images, in_batches, run_job
+from manifold_defense.evaluation.recipe import AttackConfig
 from manifold_defense.evaluation.statistics import wilson
 from manifold_defense.evaluation.subject import Check
-from manifold_defense.evaluation.suite import AttackConfig, Defence, Job, jobs
+from manifold_defense.evaluation.suite import Job, jobs
 
 __all__ = [
     "CHECKS",

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from manifold_defense.attacks import geometry
 from manifold_defense.attacks.norms import column
 from manifold_defense.attacks.objective import contested, correct, margins
+from manifold_defense.evaluation.defence import Defence
+from manifold_defense.evaluation.recipe import AttackConfig
 from manifold_defense.evaluation.subject import Check, Subject, change_of, lead, share_of
-from manifold_defense.evaluation.suite import AttackConfig, Defence
 from manifold_defense.modes import evaluation_mode
 from manifold_defense.rejection import RejectingClassifier
 from manifold_defense.types import Classifier, Norm, Threat

@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from manifold_defense.evaluation.checks import BALLS, CHECKS, OF_THREAT, convergence, examine
+from manifold_defense.evaluation.defence import CHECKED, Defence
 from manifold_defense.evaluation.ledger import UNION, Ledger, Mode, Row
 from manifold_defense.evaluation.outcome import Compute, Outcome, held, in_batches, in_rounds, judged, run_job
+from manifold_defense.evaluation.recipe import SPECS, AttackConfig
 from manifold_defense.evaluation.statistics import paired
 from manifold_defense.evaluation.subject import Check
-from manifold_defense.evaluation.suite import CHECKED, SPECS, AttackConfig, Defence, Job, jobs
+from manifold_defense.evaluation.suite import Job, jobs
 from manifold_defense.modes import evaluation_mode
 from manifold_defense.projection import check_images
 from manifold_defense.randomised import seeded

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from manifold_defense.evaluation.defence import CHECKED, Defence
 from manifold_defense.evaluation.meter import COSTS
 from manifold_defense.evaluation.outcome import Outcome
 from manifold_defense.evaluation.statistics import wilson
-from manifold_defense.evaluation.suite import CHECKED, Defence, Job
+from manifold_defense.evaluation.suite import Job
 from manifold_defense.types import Threat
 
 WORST, UNION = "worst", "union"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from manifold_defense.attacks import fgsm, mean_over_draws, noise, pgd, square
 from manifold_defense.attacks.objective import correct, logits_and_gradient
-from manifold_defense.evaluation.suite import Defence
+from manifold_defense.evaluation.defence import Defence
 from manifold_defense.modes import evaluation_mode
 from manifold_defense.rejection import credited
 from manifold_defense.types import Classifier, Threat

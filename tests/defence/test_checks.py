@@ -14,8 +14,8 @@ from manifold_defense import DefendedClassifier, ManifoldFilter, ProjectionConfi
 from manifold_defense.attacks import Expectation
 from manifold_defense.evaluation import CHECKS, Defence, checks, examine
 from manifold_defense.evaluation.baselines import Preprocessed, RandomNoise
+from manifold_defense.evaluation.recipe import AttackConfig
 from manifold_defense.evaluation.subject import Subject
-from manifold_defense.evaluation.suite import AttackConfig
 from manifold_defense.rejection import RejectingClassifier
 from manifold_defense.types import Norm
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from manifold_defense import Threat
 from manifold_defense.evaluation import AttackConfig, Defence, Job, checks, evaluate, in_batches, run_job
 from manifold_defense.evaluation.checks import examine
+from manifold_defense.evaluation.defence import CHECKED
 from manifold_defense.evaluation.ledger import Ledger
-from manifold_defense.evaluation.suite import CHECKED
 from tests.defence.evaluation_support import FAR, A, Coin, Push, Table, numbered
 
 

@@ -13,7 +13,7 @@ from manifold_defense.attacks import Expectation
 from manifold_defense.attacks.norms import sizes
 from manifold_defense.evaluation import AttackConfig, Defence, jobs, run_job
 from manifold_defense.evaluation.baselines import Binarise, Preprocessed
-from manifold_defense.evaluation.suite import SPECS
+from manifold_defense.evaluation.recipe import SPECS
 from manifold_defense.randomised import RandomisedFilter
 from manifold_defense.rejection import RejectingClassifier
 from tests.defence.evaluation_support import L2, LINF, SUITE, labelled
