@@ -97,7 +97,7 @@ def run_stages(
     before = statuses(config)
     intentions(names, before, force)
     todo = [n for n in names if before[n][2] != "cached" or remake or not STAGES[n].lasts(config)]
-    if not todo:
+    if not todo and all(folder.settled for folder, _, _ in before.values()):
         for name in names:
             console.print(f"{name}: cached", highlight=False)
         return

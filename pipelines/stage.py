@@ -159,7 +159,7 @@ class StageFolder:
 
     def begun(self) -> dict[str, Any] | None:
         """What `plan.json` of unfinished work says; None if there is none."""
-        return None if (self.part / FACTS).exists() else _read(self.part / PLAN)
+        return _read(self.part / PLAN) if self.settled else None
 
     def fits(self, plan: Plan, facts: Mapping[str, Any] | None) -> bool:
         """Whether what these facts tell of, finished or begun, is what the plan would make now."""
@@ -241,12 +241,17 @@ class StageFolder:
         write_json(self.part / FACTS, facts)
         self.settle()
 
+    @property
+    def settled(self) -> bool:
+        """Whether no complete work folder waits to be put in its place."""
+        return not (self.part / FACTS).exists()
+
     def settle(self) -> None:
         """Put a complete work folder in its place: the end of `commit`, also one that was cut short.
 
         Only for who has the run to itself.
         """
-        if not (self.part / FACTS).exists():
+        if self.settled:
             return
         for leftover in (STATE, PLAN):
             (self.part / leftover).unlink(missing_ok=True)

@@ -433,3 +433,11 @@ def test_augment_is_deterministic_by_rng_and_leaves_its_input() -> None:
 
 def test_shift_beyond_the_image_is_black() -> None:
     assert augment(ramp(), DataConfig(shift=1000), rng(), shift=True).count_nonzero() < 70
+
+
+def test_fewer_training_images_than_classes_are_refused() -> None:
+    assert set(load_data(DataConfig(train_images=10)).train.labels.tolist()) == set(range(10))
+    with pytest.raises(
+        DataError, match=r"train_images: expected 0, for all, or at least 10, one of each"
+    ):
+        load_data(DataConfig(train_images=9))

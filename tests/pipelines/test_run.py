@@ -284,11 +284,6 @@ def test_two_commands_do_not_work_on_one_run(run_folder):
         (["run", "evaluate", "--set", "data.name=mnist"], 2, "evaluate.threats"),
         (["evaluate", "--set", "data.name=mnist"], 2, "evaluate.threats"),
         (["evaluate", "--classifier", "mine:classifier", "--data", "mnist"], 2, "evaluate.threats"),
-        (
-            ["run", "--set", "data.train_images=9"],
-            1,
-            "data.train_images: expected 0, for all, or at least 10",
-        ),
     ],
 )
 def test_bad_input_is_one_line_and_a_code(tmp_path, monkeypatch, arguments, code, said):
