@@ -138,8 +138,9 @@ def main(
     medians = {name: statistics.median(values) for name, values in times.items()}
     presets = {}
     for name, candidate in filters.items():
-        result, restarts, precision = results[name], PRESETS[name].restarts, PRESETS[name].precision
-        passes = 2 * float(result.steps.float().mean()) + restarts + 1  # the last losses, and the image
+        result, precision = results[name], PRESETS[name].precision
+        last = PRESETS[name].restarts if PRESETS[name].chooses else 0  # the losses of where each ended
+        passes = 2 * float(result.steps.float().mean()) + last + 1  # and the image
         presets[name] = {
             "images_per_second": len(x) / medians[name],
             "ratio_to_reference": medians["reference"] / medians[name],

@@ -67,7 +67,8 @@ class ManifoldFilter(nn.Module):
         if view == "start" and not self.config.uses_encoder:
             raise ValueError(f"view 'start' needs start='encoder', got start={self.config.start!r}")
         self.view = view
-        self._made: dict[object, tuple[Bank | None, Metric | None]] = {}  # shared with all views of it
+        # For each device, type and setting: of which weights, and what. Shared with all views of it.
+        self._made: dict[object, tuple[object, tuple[Bank | None, Metric | None]]] = {}
         self.requires_grad_(False)
         self.eval()
 
@@ -153,14 +154,18 @@ class ManifoldFilter(nn.Module):
             raise ValueError(f"images: expected {weights.dtype} as the filter's weights are, got {x.dtype}")
 
     def _aids(self, x: Tensor) -> dict[str, Any]:
-        """Encoder, bank and metric; the latter two are made once for a device, a type and these weights."""
+        """Encoder, bank and metric; the latter two are made anew once the generator's weights have changed.
+
+        What is written to the `data` of a weight leaves no trace, and is not seen.
+        """
         c = self.config
-        weights = (*self.generator.parameters(), *self.generator.buffers())
-        versions = tuple(weight._version for weight in weights if not weight.is_inference())
-        key = (x.device, x.dtype, versions, c.uses_metric and c.metric, c.uses_bank and (c.bank, c.seed))
-        if key not in self._made:
-            self._made[key] = surroundings(self.generator, x.detach()[:0], c)  # type: ignore[arg-type]
-        bank, metric = self._made[key]
+        key = (x.device, x.dtype, c.uses_metric and c.metric, c.uses_bank and (c.bank, c.seed))
+        tensors = (*self.generator.parameters(), *self.generator.buffers())
+        weights = [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        if key not in self._made or self._made[key][0] != weights:
+            made = surroundings(self.generator, x.detach()[:0], c)  # type: ignore[arg-type]
+            self._made[key] = weights, made
+        bank, metric = self._made[key][1]
         return {"encoder": self.encoder, "bank": bank, "metric": metric}
 
 

@@ -11,7 +11,8 @@ from torch import nn
 @contextmanager
 def evaluation_mode(*models: object) -> Iterator[None]:
     """Eval mode for a time; every submodule gets its own mode back. What is no module has none."""
-    modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
+    asked = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
+    modules = [module for module in asked if hasattr(module, "training")]  # a frozen script has none
     modes = [module.training for module in modules]
     try:
         for module in modules:

@@ -58,6 +58,10 @@ class Threat:
     norm: Norm = "linf"
     eps: float = 0.3
 
+    def holds(self, other: Threat) -> bool:
+        """Whether all of a smaller threat lies within this one."""
+        return self.norm == other.norm and other.eps < self.eps
+
     def __post_init__(self) -> None:
         if self.norm not in get_args(Norm):
             raise ValueError(f"norm: expected one of {', '.join(get_args(Norm))}, got {self.norm!r}")

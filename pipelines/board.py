@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+_TEXT: dict[str, Any] = {"fontsize": 9, "parse_math": False}  # a class may be called $a_$
+
 
 class Strip(NamedTuple):
     """One row of pictures of the same images, and what the classifier says of each."""
@@ -43,7 +45,7 @@ def strips(rows: Sequence[Strip], labels: Sequence[int], classes: Sequence[str])
     axis.axis("off")
     for i, strip in enumerate(rows):
         middle = i * down + height / 2
-        axis.text(-0.1 * width, middle, strip.title, ha="right", va="center", fontsize=9)
+        axis.text(-0.1 * width, middle, strip.title, ha="right", va="center", **_TEXT)
         for j in range(columns):
             top, left = i * down, j * across
             picture = strip.images[j].detach().cpu().float().clamp(0, 1)
@@ -51,7 +53,7 @@ def strips(rows: Sequence[Strip], labels: Sequence[int], classes: Sequence[str])
             colour = "tab:red" if strip.predictions[j] != labels[j] else "black"
             centre, below = left + width / 2, top + 1.03 * height
             name = classes[strip.predictions[j]]
-            axis.text(centre, below, name, ha="center", va="top", fontsize=9, color=colour)
+            axis.text(centre, below, name, ha="center", va="top", color=colour, **_TEXT)
     axis.imshow(canvas.numpy(), extent=(0, canvas.shape[1], canvas.shape[0], 0), interpolation="nearest")
     return figure
 

@@ -38,7 +38,7 @@ _TORCHVISION = {
     "cifar10": ("CIFAR10", "cifar-10-batches-py", _CIFAR_FILES),
 }
 
-_PIECE = 4096  # bytes of a file that are looked at in each of three places
+_LARGE, _PIECE = 2**20, 2**16  # files of more bytes are looked at in pieces
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Dataset:
     train: ImageData
     test: ImageData
     classes: tuple[str, ...]
-    digest: str  # image_folder: of the names and sizes of all its image files; else of the data set's name
+    digest: str  # image_folder: of the names and contents of all its image files; else of the data set's name
     unreadable: tuple[str, ...] = ()  # files skipped as corrupt, relative to the root
 
     @property
@@ -356,14 +356,15 @@ def _folder_digest(root: Path, paths: Sequence[Path]) -> str:
 
 
 def _gist(path: Path) -> str:
-    """Size and checksum of both ends and of the middle: what nearly every change of an image changes."""
+    """Size and checksum: of large files of both ends and the middle, which few changes leave as they are."""
     if not path.is_file():  # it is named where images are decoded
         return ""
     try:
         with path.open("rb") as file:
             size, checksum = file.seek(0, os.SEEK_END), 0
-            for place in (0, (size - _PIECE) // 2, size - _PIECE):
-                file.seek(max(place, 0))
+            large = (0, (size - _PIECE) // 2, size - _PIECE)
+            for place in large if size > _LARGE else range(0, size, _PIECE):
+                file.seek(place)
                 checksum = zlib.crc32(file.read(_PIECE), checksum)
     except OSError:
         return ""

@@ -72,7 +72,7 @@ def digest_of(defences: list[Defence], x: Tensor) -> str:
     for defence in defences:
         if isinstance(defence.model, nn.Module):
             for value in defence.model.state_dict().values():
-                if isinstance(value, Tensor):  # else its answers have to tell
+                if isinstance(value, Tensor) and value.layout == torch.strided:  # else its answers tell
                     plain = value.dequantize() if value.is_quantized else value
                     raw = plain.detach().cpu().contiguous().flatten().view(torch.uint8)
                     digest.update(raw.numpy().tobytes())

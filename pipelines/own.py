@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,13 @@ def load_own(source: str, data: Dataset, device: torch.device, option: str = "--
     clean = to_float(data.test.images[:2]).to(device)
     x = clean.clone().requires_grad_(True)
     try:
-        model = model.to(device).eval()
+        model = model.to(device)
+        with suppress(NotImplementedError):  # an exported program has the mode that it was exported in
+            model.eval()
         with torch.no_grad():
             model(clean.clone())  # what is lazy gets its weights
-        model = model.requires_grad_(False)
+        for weight in model.parameters():  # one by one, as a script allows it
+            weight.requires_grad_(False)
         model.register_forward_hook(check)
         logits = model(x)
         if logits.requires_grad:

@@ -49,7 +49,7 @@ def feature_matching(
     x = x.detach()
     best = x.clone()
 
-    with evaluation_mode(model), evaluation_mode(features):
+    with evaluation_mode(model, features):
         with torch.no_grad():
             logits = model(x)
             mine = features(x).flatten(1)
@@ -57,9 +57,15 @@ def feature_matching(
                 goals, allowed = mine, _allowed(logits.argmax(1), y, targeted)
                 allowed.fill_diagonal_(False)
             else:
+                drawn = candidates if isinstance(candidates, Tensor) else candidates[0]
+                # Not all at once: they may be far more than the images attacked.
+                parts = drawn.split(max(len(x), 1))
+                goals = torch.cat([features(part).flatten(1) for part in parts])
                 if isinstance(candidates, Tensor):
-                    candidates = candidates, model(candidates).argmax(1)
-                goals, allowed = features(candidates[0]).flatten(1), _allowed(candidates[1], y, targeted)
+                    labels = torch.cat([model(part).argmax(1) for part in parts])
+                else:
+                    labels = candidates[1]
+                allowed = _allowed(labels, y, targeted)
         order, available = _nearest(mine, goals, allowed)
         best_margin = margins(logits, y, targeted)
         found = clearly(best_margin, logits)

@@ -18,9 +18,11 @@ from torch.nn import functional as F
 from manifold_defense.attacks import geometry
 from manifold_defense.attacks.norms import column
 from manifold_defense.attacks.objective import contested, correct, margins
-from manifold_defense.evaluation.defence import Defence
-from manifold_defense.evaluation.recipe import AttackConfig
+from manifold_defense.evaluation.defence import NO_GRADIENT, Defence
+from manifold_defense.evaluation.outcome import attack_images
+from manifold_defense.evaluation.recipe import SPECS, AttackConfig
 from manifold_defense.evaluation.subject import Check, Subject, change_of, lead, share_of
+from manifold_defense.evaluation.suite import Job
 from manifold_defense.modes import evaluation_mode
 from manifold_defense.rejection import RejectingClassifier
 from manifold_defense.types import Classifier, Norm, Threat
@@ -274,20 +276,19 @@ def convergence(s: Subject) -> Check:
     refuses = isinstance(s.defence.strongest, RejectingClassifier) and s.threat.norm in BALLS
     last = _LAST_REFUSED if refuses else _LAST[s.threat.norm]
     seed = s.seed + 1_500_000_001  # not a start that the attacks before had
-    press = s.defence.draws > 1
     before = before.to(x)
     score, worst = before.clone(), x.clone()
     draws = s.seed + 2_000_003  # of those, none is among the draws that judge
     for config in last:
         at = (score > 0).nonzero()[:, 0]
         if len(at):
-            attack = config.bind(s.threat, seed=seed, press=press, model=s.defence.strongest, others=s.x)
-            x_adv = attack(s.defence.strongest, x[at], y[at])
+            view = s.defence.strongest_view if SPECS[config.name].gradient else NO_GRADIENT
+            x_adv = attack_images(Job(s.defence, config, view, s.threat), x[at], y[at], seed, others=s.x)
             found = s.score(x_adv, y[at], draws)
             lower = found < score[at]
             score[at[lower]], worst[at[lower]] = found[lower], x_adv[lower]
     at = (score < before).nonzero()[:, 0]
-    if press:
+    if s.defence.draws > 1:
         # Chosen by some draws, judged by others; where all images share those, by so much they may err.
         score[at] = s.score(worst[at], y[at], draws + 1)
         most += (share * (1 - share) / s.defence.draws) ** 0.5 * 2

@@ -78,7 +78,7 @@ class Evaluation:
                 "fooled": float(1 - outcome.score.mean()),
             }
             for job, outcome in self.outcomes
-            if job.source is not None and job.threat is not None and len(outcome.score)
+            if job.source not in (None, job.defence.name) and job.threat is not None and len(outcome.score)
         ]
 
 
@@ -141,7 +141,8 @@ def evaluate(
     """Every attack on every defence for every threat: images (N, C, H, W), labels (N,).
 
     Cheap attacks come before dear ones, so that in mode `standard` few images are left for the
-    latter. Then every defence meets the images that broke the others. At the end each is examined
+    latter. Then every defence meets the images that broke it within a smaller threat of the same norm, and
+    those that broke the others. At the end each is examined
     for masked gradients on the first `checks` images that it gets right, and for a stronger attack on as
     many of those that were left (0: none is): under every L∞ and L2 threat by all checks, under others for
     the stronger attack alone, and what that breaks counts as broken. The rows of a threat under which it
@@ -168,9 +169,9 @@ def evaluate(
     def meet(job: Job, met: Tensor, work: Callable[[Tensor, int], Outcome]) -> None:
         """Let the job meet the images `met` (M,), unless the store knows what comes of it."""
 
-        def once(met: Tensor, more: int) -> Outcome:
-            def part(chunk: int, images: slice) -> tuple[Tensor, ...]:
-                return tuple(work(met[images], seed + more + chunk))
+        def once(met: Tensor, turn: int) -> Outcome:
+            def part(batch: int, images: slice) -> tuple[Tensor, ...]:
+                return tuple(work(met[images], job.seed(seed, turn, batch)))
 
             return Outcome(*compute(part, len(met)))._replace(met=met) if len(met) else Outcome.empty(x)
 
@@ -315,7 +316,14 @@ def _masked(row: Row, checks: Sequence[Check]) -> bool:
 
 
 def _transfers(defences: Sequence[Defence], threats: Sequence[Threat]) -> list[Job]:
-    return [
+    """First from the smaller threats of a defence to its larger ones, then from one defence to another."""
+    grown = [
+        Job(defence, None, "transfer", threat, defence.name)
+        for defence in defences
+        for threat in sorted(threats, key=lambda threat: threat.eps)
+        if any(threat.holds(smaller) for smaller in threats)
+    ]
+    return grown + [
         Job(target, None, "transfer", threat, source.name)
         for target in defences
         for threat in threats

@@ -73,7 +73,11 @@ class Ledger:
         """What broke the source of a transfer, of the images that its target gets right when clean."""
         assert job.source is not None
         assert job.threat is not None
-        found, right = self.broken.get((job.source, job.threat), {}), self.clean[job.defence.name] > 0
+        own, found = job.source == job.defence.name, dict[int, Tensor]()
+        for (name, threat), images in self.broken.items():
+            if name == job.source and (job.threat.holds(threat) if own else threat == job.threat):
+                found |= images
+        right = self.clean[job.defence.name] > 0
         return {i: found[i] for i in sorted(found) if right[i]}
 
     def enter(self, job: Job, outcome: Outcome) -> None:

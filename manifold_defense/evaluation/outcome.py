@@ -17,9 +17,6 @@ from manifold_defense.modes import evaluation_mode
 from manifold_defense.randomised import seeded
 from manifold_defense.rejection import credited
 
-# Between the seeds of rounds: more than a round has chunks. Those of the checks lie beyond all rounds.
-_ROUND_SEEDS = 1_000_003
-
 
 class Outcome(NamedTuple):
     """What became of the images that a job met."""
@@ -123,7 +120,7 @@ def run_job(job: Job, x: Tensor, y: Tensor, seed: int, others: Tensor | None = N
 def in_rounds(rounds: int, met: Tensor, attacked: Callable[[Tensor, int], Outcome]) -> Outcome:
     """What becomes of images `met` (M,) that are attacked up to so many times, until two in a row break none.
 
-    `attacked` takes those that are left and a seed to add to its own, a different one each time.
+    `attacked` takes those that are left and the number of the round.
     """
     found = attacked(met, 0)
     when = torch.zeros(len(met), dtype=torch.long)
@@ -132,7 +129,7 @@ def in_rounds(rounds: int, met: Tensor, attacked: Callable[[Tensor, int], Outcom
         left = (found.score > 0).nonzero()[:, 0]
         if len(left) == 0 or broke[-2:] == [0, 0]:
             break
-        again = attacked(met[left], turn * _ROUND_SEEDS)
+        again = attacked(met[left], turn)
         found = _lowered(found, left, again)
         when[left[again.score == 0]] = turn
         broke.append(int((again.score == 0).sum()))

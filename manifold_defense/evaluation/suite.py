@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,10 +18,14 @@ class Job(NamedTuple):
     attack: AttackConfig | None
     view: str | None
     threat: Threat | None
-    source: str | None = None  # of a transfer: the defence whose adversarial images are tried
+    # Of a transfer: the defence whose adversarial images are tried. If that is this one, those of smaller
+    # threats of the same norm.
+    source: str | None = None
 
     @property
     def label(self) -> str:
+        if self.source == self.defence.name:
+            return "smaller threat"
         if self.source is not None:
             return f"transfer from {self.source}"
         return self.attack.label if self.attack else self.view or "clean"
@@ -30,6 +35,14 @@ class Job(NamedTuple):
         if self.threat is None:
             return f"{self.defence.name} clean"
         return f"{self.defence.name} {self.label} {self.view} {self.threat.norm} {self.threat.eps:g}"
+
+    def seed(self, seed: int, turn: int, batch: int) -> int:
+        """One of its own for every attack, view, threat, round and batch: no two jobs draw the same.
+
+        It is the same for all defences, whose figures then are of equal draws.
+        """
+        facts = f"{seed} {self.label} {self.view} {self.threat} {turn} {batch}"
+        return int.from_bytes(hashlib.sha256(facts.encode()).digest()[:7])
 
     @property
     def rounds(self) -> int:

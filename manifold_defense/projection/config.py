@@ -111,6 +111,11 @@ class ProjectionConfig:
         return self.metric != "none" and self.steps > 0
 
     @property
+    def chooses(self) -> bool:
+        """Whether the result is the best of several points."""
+        return self.restarts > 1 or (self.steps > 0 and self.iterate == "best")
+
+    @property
     def uses_bank(self) -> bool:
         return self.start == "bank" or (
             self.start == "encoder" and self.others == "bank" and self.restarts > 1

@@ -255,9 +255,8 @@ def _descend(problem: Problem, x: Tensor, start: Tensor, *, record: bool = False
             whole = False
     if len(rows):
         last = state[0].detach()
-        if path.restarts == 1 and (config.iterate == "last" or not config.steps):
-            loss = last.new_zeros(len(last))  # nothing to choose from: it need not be drawn
-        else:
+        loss = last.new_zeros(len(last))
+        if config.chooses:  # else it need not be drawn here
             with torch.no_grad():
                 loss, _ = problem.loss(last, target)
         path.offer(rows, last, loss, config.steps, replace=config.iterate == "last")

@@ -20,7 +20,7 @@ from manifold_defense.hardening.training import TrainingConfig, classifier_state
 from manifold_defense.types import Classifier, Threat
 from pipelines.config import EncoderStageConfig, HardenConfig
 from pipelines.context import Context
-from pipelines.data import ImageData, data_digest, to_float
+from pipelines.data import ImageData, to_float
 from pipelines.defences import behind, load_run_filter
 from pipelines.judging import accuracy, held_out, proved
 from pipelines.own import load_own_classifier
@@ -127,7 +127,7 @@ def _fingerprint(context: Context, variant: HardenConfig) -> str:
     for name in needed:
         facts = context.inputs[name] / FACTS
         inputs[name] = json.loads(facts.read_text())["fingerprint"] if facts.exists() else ""
-    made_of = settings_of(config, sections, data_digest(config.data))
+    made_of = settings_of(config, sections, context.data.digest)
     return Plan("harden", VERSION, made_of, inputs).fingerprint
 
 

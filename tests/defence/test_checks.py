@@ -9,6 +9,7 @@ import pytest
 import torch
 from deceivers import Alone, Labels, Lukewarm, OnGrid, Remembers
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from manifold_defense import DefendedClassifier, ManifoldFilter, ProjectionConfig, Threat
 from manifold_defense.attacks import Expectation
@@ -289,6 +290,30 @@ def test_images_that_a_longer_attack_still_breaks_are_told(learned: Any) -> None
     assert all(c.passed for c in none)
     rare = examine(honest, LINF, x, y, left=(x, y, torch.ones(len(x))), left_share=0.01)
     assert all(c.passed for c in rare)  # of a hundredth of the images little can be lost
+
+
+@pytest.mark.parametrize("last", [checks._IN_BALL, (checks._BY_LABELS,)], ids=["gradients", "labels"])
+def test_a_surrogate_that_is_fooled_ends_no_longer_attack(
+    last: tuple[AttackConfig, ...], learned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is it asked for answers: it is the deployed model that has to be fooled."""
+    model, x, y = learned
+
+    class AlwaysWrong(nn.Module):
+        """Up its gradient the model errs; its own answer is another class from the beginning."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = model(x)
+            return logits - 1000 * F.one_hot(logits.argmax(1), logits.shape[1])
+
+    monkeypatch.setattr(checks, "_LAST", {"linf": last})
+    stood_in = Defence("stood in", model, {"exact": AlwaysWrong()}, surrogates=frozenset({"exact"}))
+    right = model(x).argmax(1) == y
+    left = (x[right], y[right], torch.ones(int(right.sum())))
+    subject = Subject(stood_in, LINF, *left[:2], left=left)
+    found = checks.convergence(subject)
+    assert not found.passed
+    assert found.figure > 0.3
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -229,6 +230,43 @@ def test_what_breaks_one_defence_is_tried_on_the_others() -> None:
     assert transfer["fooled"] == pytest.approx(2 / 3)
     rows = [r for r in found.rows if r.view == "transfer"]
     assert {r.attack for r in rows} == {"transfer from a", "transfer from b"}
+
+
+def test_what_breaks_within_a_smaller_threat_breaks_within_a_larger_one() -> None:
+    """Also where attacks fail there: more ε never helps the defender."""
+    x, y = numbered(5)
+    a, near = Defence.bare("a", Table(A)), Threat("linf", 0.25)
+
+    class OnlyNear(Push):
+        def bind(self, threat: Threat, *, seed: int, press: bool, **more: Any) -> Any:
+            attack = super().bind(threat, seed=seed, press=press)
+            return attack if threat == near else lambda model, x, y: x
+
+    for threats in ([FAR, near], [near, Threat("l2", 5.0), FAR]):
+        found = evaluate([a], [OnlyNear.of(0.2)], threats, x, y, checks=0)
+        assert found.worst["a", near].tolist() == found.worst["a", FAR].tolist() == [0, 0, 0, 1, 1]
+        (row,) = (r for r in found.rows if r.view == "transfer")
+        assert (row.attack, row.norm, row.eps, row.robust_accuracy) == ("smaller threat", "linf", 0.5, 0.4)
+        assert found.transfers() == []  # nobody else is fooled
+
+
+def test_no_two_jobs_draw_the_same_and_defences_do(classifier: nn.Module) -> None:
+    """A start that another attack had, or queries that it asked, would be lost passes."""
+    x, y = labelled(classifier)
+    seeds: dict[str, list[int]] = {}
+
+    def noted(job: Job, x: Tensor, y: Tensor, seed: int, others: Any = None) -> Outcome:
+        seeds.setdefault(job.defence.name, []).append(seed)
+        return run_job(job, x, y, seed, others)
+
+    attacks = [AttackConfig("pgd", 2), AttackConfig("apgd", 2), AttackConfig("square_pgd", 2, queries=2)]
+    attacks += [AttackConfig("square", 2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_module("manifold_defense.evaluation.evaluate"), "run_job", noted)
+        defences = [Defence.bare(name, classifier) for name in ("a", "b")]
+        evaluate(defences, attacks, [LINF, FAR], x, y, checks=0, mode="full", compute=in_batches(30))
+    assert len(set(seeds["a"])) == len(seeds["a"]) > 8
+    assert seeds["a"] == seeds["b"]
 
 
 def test_of_a_model_that_draws_every_draw_is_paid_for_and_its_mean_is_asked() -> None:

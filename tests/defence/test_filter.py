@@ -238,9 +238,18 @@ def test_bank_and_metric_follow_the_weights(networks: Any) -> None:
     filter, x = ManifoldFilter(generator, encoder, config), images(4)
     before = filter(x)
     assert torch.equal(filter(x), before)
-    generator.load_state_dict({name: 1.5 * value for name, value in generator.state_dict().items()})
-    assert not torch.equal(filter(x), before)
-    assert torch.equal(filter(x), ManifoldFilter(generator, encoder, config)(x))
+    other = copy.deepcopy(generator)
+    larger = {name: 1.5 * value for name, value in generator.state_dict().items()}
+    for change in (
+        lambda: generator.load_state_dict(larger),
+        lambda: generator.load_state_dict({name: -value for name, value in larger.items()}, assign=True),
+        lambda: setattr(filter, "generator", other),
+    ):
+        before = filter(x)
+        change()
+        assert not torch.equal(filter(x), before)
+        assert torch.equal(filter(x), ManifoldFilter(filter.generator, encoder, config)(x))
+        assert len(filter._made) == 1
 
 
 @pytest.mark.parametrize("view", VIEWS)

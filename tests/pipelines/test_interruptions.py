@@ -69,14 +69,19 @@ def test_an_interrupted_evaluation_keeps_finished_jobs(run_folder, monkeypatch):
             done.append(job.name)
         return run_job(job, *arguments)
 
+    put, kept = JobStore.put, {}
+
+    def noted(store, job, outcome):
+        before = {*store.folder.iterdir()}
+        put(store, job, outcome)
+        (kept[job.name],) = {*store.folder.iterdir()} - before
+
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "run_job", counted)
+        patch.setattr(JobStore, "put", noted)
         assert invoke("evaluate", *settings(*FEWER)).exit_code == 130
-    kept = sorted(
-        (run_folder / "evaluate.part" / "jobs").glob("*.safetensors"), key=lambda p: p.stat().st_mtime_ns
-    )
     assert len(kept) == 5
-    kept[1].write_bytes(b"cut short")
+    kept[done[1]].write_bytes(b"cut short")
 
     again = []
     with monkeypatch.context() as patch:
@@ -90,7 +95,7 @@ def test_an_interrupted_evaluation_keeps_finished_jobs(run_folder, monkeypatch):
 
 def test_processes_that_see_other_files_agree_on_what_is_done(tmp_path):
     """The first one's files count: what another finds, or does not, would leave one of them waiting."""
-    job = Job(Defence.bare("a", torch.nn.Identity()), None, AttackConfig("pgd"), Threat("linf", 0.1))
+    job = Job(Defence.bare("a", torch.nn.Identity()), AttackConfig("pgd"), "exact", Threat("linf", 0.1))
     met = torch.arange(3)
     outcome = Outcome(*(torch.zeros(3) for _ in Outcome._fields))._replace(met=met)
     told = []

@@ -66,6 +66,11 @@ def only_without_gradient(x):
 five = Answers(lambda x: x.flatten(1)[:, :5])
 pairs = Answers(lambda x: x.flatten(1)[:, : 10 if len(x) == 2 else 7])
 lazy = lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+scripted = lambda: torch.jit.script(classifier())
+frozen = lambda: torch.jit.freeze(torch.jit.script(classifier().eval()))
+exported = lambda: torch.export.export(
+    classifier(), (torch.rand(2, 1, 8, 8),), dynamic_shapes=({0: torch.export.Dim("n", min=1)},)
+).module()
 whole = Answers(lambda x: torch.zeros(len(x), 10, dtype=torch.int64))
 nan = Answers(lambda x: x.flatten(1)[:, :10] * torch.nan)
 several = Answers(lambda x: (x, x))
@@ -248,11 +253,27 @@ def test_the_digest_of_defences_is_of_what_they_answer():
         def set_extra_state(self, state):
             pass
 
+        def __init__(self, by):
+            super().__init__(by)
+            self.register_buffer("sparse", torch.eye(3).to_sparse())
+
     assert digest_of([Defence.bare("0", Noted(1))], x) == found[next(m for m in found if m[0].by == 1)]
 
 
 def test_one_whose_weights_are_lazy_is_made_by_its_first_images(tmp_path):
     assert run("--classifier", "mine_first:lazy").exit_code == 0
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("form", ["scripted", "frozen", "exported"])
+def test_one_that_is_no_longer_python_is_attacked_like_the_module_that_it_was(tmp_path, form):
+    for function, name in (("classifier", "plain"), (form, form)):
+        assert run("--run", name, "--classifier", f"mine_first:{function}").exit_code == 0
+    left = {
+        name: [row["robust_accuracy"] for row in metrics(tmp_path, name)["rows"] if row["defence"] == "own"]
+        for name in ("plain", form)
+    }
+    assert left["plain"] == left[form]
 
 
 @pytest.mark.parametrize(
