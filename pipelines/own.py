@@ -75,6 +75,8 @@ def load_own(source: str, data: Dataset, device: torch.device, option: str = "--
         if not logits.is_floating_point():
             raise refused(f"expected finite float logits, got {logits.dtype}")
 
+    if isinstance(model, torch.jit.ScriptModule):  # which takes no hook
+        model = nn.Sequential(model)
     clean = to_float(data.test.images[:2]).to(device)
     x = clean.clone().requires_grad_(True)
     try:

@@ -300,11 +300,12 @@ def test_a_surrogate_that_is_fooled_ends_no_longer_attack(
     model, x, y = learned
 
     class AlwaysWrong(nn.Module):
-        """Up its gradient the model errs; its own answer is another class from the beginning."""
+        """Up its gradient the model errs; its own answer errs from the beginning."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            logits: Tensor = model(x)
-            return logits - 1000 * F.one_hot(logits.argmax(1), logits.shape[1])
+        def forward(self, images: Tensor) -> Tensor:
+            nearest = torch.cdist(images.detach().flatten(1), x.flatten(1)).argmin(1)
+            logits: Tensor = model(images)
+            return logits - 100 * F.one_hot(y[nearest], logits.shape[1])
 
     monkeypatch.setattr(checks, "_LAST", {"linf": last})
     stood_in = Defence("stood in", model, {"exact": AlwaysWrong()}, surrogates=frozenset({"exact"}))
@@ -313,7 +314,7 @@ def test_a_surrogate_that_is_fooled_ends_no_longer_attack(
     subject = Subject(stood_in, LINF, *left[:2], left=left)
     found = checks.convergence(subject)
     assert not found.passed
-    assert found.figure > 0.3
+    assert found.figure > 0.2
 
 
 @pytest.mark.parametrize(
