@@ -197,6 +197,42 @@ def test_autoattack_is_held_to_its_contract(monkeypatch: pytest.MonkeyPatch) -> 
     assert empty.shape == (0, 1, 8, 8)
 
 
+class Authors:
+    """Stands in for the authors' package, and, where labels come with the images, for that on PyPI."""
+
+    made: Authors
+    with_labels = False
+
+    def __init__(self, model: nn.Module, *, device: torch.device, **settings: Any) -> None:
+        self.careless, self.device = Careless(model, **settings), device
+        self.apgd_targeted, self.fab = SimpleNamespace(), SimpleNamespace()
+        Authors.made = self
+
+    def run_standard_evaluation(self, x: Tensor, y: Tensor) -> Any:
+        x_adv = self.careless(x, y)
+        return (x_adv, y) if self.with_labels else x_adv
+
+
+@pytest.mark.parametrize(("package", "with_labels"), [("autoattack", False), ("pyautoattack", True)])
+def test_the_authors_autoattack_aims_at_all_classes_and_is_held_to_the_same(
+    package: str, with_labels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = ModuleType(package)
+    library.AutoAttack = type("AutoAttack", (Authors,), {"with_labels": with_labels})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, package, library)
+    model = network(5)
+    x, y = labelled(model, 12)
+    x_adv = autoattack(model, x, y, eps=EPS, package=package, seed=3)
+    made = Authors.made
+    assert made.careless.settings == {"norm": "Linf", "eps": EPS, "version": "standard", "seed": 3}
+    assert made.device == x.device
+    assert made.apgd_targeted.n_target_classes == made.fab.n_target_classes == 4
+    assert ((x_adv - x).abs() <= EPS + 1e-6).all()
+    broken = ~correct(logits_of(model, x_adv), y)
+    assert broken.any()
+    assert torch.equal(x_adv[~broken], x[~broken])
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_foolbox_steps_along_the_gradient_of_every_view(
     defended: DefendedClassifier, untouched: None, view: Any
