@@ -46,7 +46,7 @@ def _of_features(model: ImageClassifier) -> float:
 def chain(body: nn.Module) -> list[nn.Module]:
     """The layers of a plain feed-forward network, in order.
 
-    Raises TypeError for a network that is more than that, a ResNet for one, or that pads by more than zeros.
+    Raises TypeError for a network that is more than that, a ResNet for one, and for padding not of zeros.
     """
     if isinstance(body, nn.Sequential):
         return [layer for part in body for layer in chain(part)]
