@@ -34,6 +34,10 @@ from manifold_defense.randomised import seeded
 from manifold_defense.types import Classifier, Threat
 
 
+# Images that attacks borrow from: each batch of `feature_matching` draws them all.
+_LENDERS = 1000
+
+
 class ModelError(ValueError):
     """A model that cannot be evaluated; the message names its defence and says what was expected of it."""
 
@@ -186,7 +190,7 @@ def evaluate(
     for job in todo:
 
         def attacked(at: Tensor, seed: int, job: Job = job) -> Outcome:
-            return run_job(job, x[at], y[at], seed, x)
+            return run_job(job, x[at], y[at], seed, x[:_LENDERS])
 
         meet(job, ledger.left(job) if job.threat else torch.arange(len(x)), attacked)
     for job in pairs:
