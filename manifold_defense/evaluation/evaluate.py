@@ -33,7 +33,6 @@ from manifold_defense.projection import check_images
 from manifold_defense.randomised import seeded
 from manifold_defense.types import Classifier, Threat
 
-
 # Images that attacks borrow from: each batch of `feature_matching` draws them all.
 _LENDERS = 1000
 
