@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,26 +14,35 @@ from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
 
+class Climb(NamedTuple):
+    """How long is climbed, what, and when it ends.
+
+    The loss `both` is `ce` and `margin` by turns, a restart each. With `stop_early` an image leaves the batch
+    once it clearly fools the model.
+    """
+
+    steps: int
+    restarts: int
+    loss: str
+    targeted: bool
+    stop_early: bool
+
+
 def ascend(
     model: Classifier,
     x: Tensor,
     y: Tensor,
     start: Callable[[Tensor], Tensor],
     move: Callable[[Tensor, Tensor, Tensor, float], Tensor],
-    *,
-    steps: int,
-    restarts: int,
-    loss: str,
-    targeted: bool,
-    stop_early: bool,
+    climb: Climb,
 ) -> Tensor:
     """From images (N, C, H, W) with labels y (N,), the iterate of the highest margin, the clean one included.
 
     `start(rows)` gives the images (M, C, H, W) where a restart begins for these rows, and
     `move(clean, at, gradient, left)` the next ones of those that are still climbing, inside the threat;
-    `left` falls linearly from 1 to 0 over the steps. `loss` `both` climbs `ce` and `margin` by turns, a
-    restart each. With `stop_early` an image leaves the batch once it clearly fools the model.
+    `left` falls linearly from 1 to 0 over the steps.
     """
+    steps, restarts, loss, targeted, stop_early = climb
     if steps < 1 or restarts < 1:
         raise ValueError(f"expected steps ≥ 1, restarts ≥ 1, got {steps}, {restarts}")
     climbed = ("ce", "margin") if loss == "both" else (loss,)
@@ -76,16 +86,12 @@ def ascend_in_ball(
     x: Tensor,
     y: Tensor,
     start: Callable[[Tensor], Tensor],
+    climb: Climb,
     *,
     norm: Norm,
     eps: float,
     longest: float,
     bounds: tuple[float, float] = (0.0, 1.0),
-    steps: int,
-    restarts: int,
-    loss: str,
-    targeted: bool,
-    stop_early: bool,
 ) -> Tensor:
     """`ascend` in the ball of radius eps around x and in `bounds`, the steps falling from `longest` to 0."""
     shape = geometry(norm)
@@ -93,15 +99,4 @@ def ascend_in_ball(
     def move(clean: Tensor, at: Tensor, gradient: Tensor, left: float) -> Tensor:
         return shape.step(clean, at, gradient, longest * left, eps, bounds)
 
-    return ascend(
-        model,
-        x,
-        y,
-        start,
-        move,
-        steps=steps,
-        restarts=restarts,
-        loss=loss,
-        targeted=targeted,
-        stop_early=stop_early,
-    )
+    return ascend(model, x, y, start, move, climb)

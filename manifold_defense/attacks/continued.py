@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from manifold_defense.attacks.ascent import ascend_in_ball
+from manifold_defense.attacks.ascent import Climb, ascend_in_ball
 from manifold_defense.attacks.square import square
 from manifold_defense.attacks.window import window_pgd
 from manifold_defense.types import Classifier, Norm
@@ -37,20 +37,8 @@ def square_pgd(
     found = square(
         model, x, y, norm=norm, eps=eps, steps=queries, targeted=targeted, stop_early=stop_early, seed=seed
     )
-    return ascend_in_ball(
-        model,
-        x,
-        y,
-        found.__getitem__,
-        norm=norm,
-        eps=eps,
-        longest=_LONGEST * eps,
-        steps=steps,
-        restarts=restarts,
-        loss=loss,
-        targeted=targeted,
-        stop_early=stop_early,
-    )
+    climb = Climb(steps, restarts, loss, targeted, stop_early)
+    return ascend_in_ball(model, x, y, found.__getitem__, climb, norm=norm, eps=eps, longest=_LONGEST * eps)
 
 
 def transfer_pgd(
@@ -93,17 +81,5 @@ def transfer_pgd(
         pieces=pieces,
         seed=seed,
     )
-    return ascend_in_ball(
-        model,
-        x,
-        y,
-        found.__getitem__,
-        norm=norm,
-        eps=eps,
-        longest=_LONGEST * eps,
-        steps=steps,
-        restarts=restarts,
-        loss=loss,
-        targeted=targeted,
-        stop_early=stop_early,
-    )
+    climb = Climb(steps, restarts, loss, targeted, stop_early)
+    return ascend_in_ball(model, x, y, found.__getitem__, climb, norm=norm, eps=eps, longest=_LONGEST * eps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manifold_defense.attacks.ascent import ascend_in_ball
+from manifold_defense.attacks.ascent import Climb, ascend_in_ball
 from manifold_defense.attacks.norms import geometry
 from manifold_defense.attacks.objective import logits_and_gradient
 from manifold_defense.modes import evaluation_mode
@@ -54,15 +54,11 @@ def pgd(
         x,
         y,
         start,
+        Climb(steps, restarts, loss, targeted, stop_early),
         norm=norm,
         eps=eps,
         longest=eps if step_size is None else step_size,
         bounds=bounds,
-        steps=steps,
-        restarts=restarts,
-        loss=loss,
-        targeted=targeted,
-        stop_early=stop_early,
     )
 
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from manifold_defense.attacks.ascent import ascend
+from manifold_defense.attacks.ascent import Climb, ascend
 from manifold_defense.attacks.random_search import Draw, random_search
 from manifold_defense.attacks.window import best_drawn, pieces_for
 from manifold_defense.types import Classifier, Norm
@@ -58,18 +58,7 @@ def pgd_l0(
         direction = gradient / torch.where(largest > 0, largest, 1.0)
         return _nearest_sparse(at + step_size * left * direction, clean, count)
 
-    return ascend(
-        model,
-        x,
-        y,
-        start,
-        move,
-        steps=steps,
-        restarts=restarts,
-        loss=loss,
-        targeted=targeted,
-        stop_early=stop_early,
-    )
+    return ascend(model, x, y, start, move, Climb(steps, restarts, loss, targeted, stop_early))
 
 
 def sparse_rs(
@@ -168,18 +157,8 @@ def stroke_search(
             shapes = draw_piece if next(begun) % 2 else draw_stroke
             return best_drawn(model, shapes, place, x, y, rows[those], tries, targeted, rng)
 
-        return ascend(
-            model,
-            x[rows],
-            y[rows],
-            begin,
-            move,
-            steps=steps,
-            restarts=strokes,
-            loss="margin",
-            targeted=targeted,
-            stop_early=stop_early,
-        )
+        climb = Climb(steps, strokes, "margin", targeted, stop_early)
+        return ascend(model, x[rows], y[rows], begin, move, climb)
 
     return random_search(
         model,

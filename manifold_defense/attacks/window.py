@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from manifold_defense.attacks.ascent import ascend_in_ball
+from manifold_defense.attacks.ascent import Climb, ascend_in_ball
 from manifold_defense.attacks.norms import column, geometry
 from manifold_defense.attacks.objective import margins
 from manifold_defense.types import Classifier, Norm
@@ -70,20 +70,9 @@ def window_pgd(
         draw = draw_piece if next(restart) % 4 >= 2 else draw_windows
         return best_drawn(model, draw, place, x, y, rows, tries, targeted, rng)
 
-    return ascend_in_ball(
-        model,
-        x,
-        y,
-        start,
-        norm=norm,
-        eps=eps,
-        longest=0.3 * eps if step_size is None else step_size,
-        steps=steps,
-        restarts=restarts,
-        loss=loss,
-        targeted=targeted,
-        stop_early=stop_early,
-    )
+    longest = 0.3 * eps if step_size is None else step_size
+    climb = Climb(steps, restarts, loss, targeted, stop_early)
+    return ascend_in_ball(model, x, y, start, climb, norm=norm, eps=eps, longest=longest)
 
 
 @torch.no_grad()
