@@ -1,4 +1,4 @@
-"""Exponential moving average of a network's weights."""
+"""Exponential moving average of a network's weights, and of its batch statistics with them."""
 
 from __future__ import annotations
 
@@ -24,4 +24,7 @@ def update_average(average: nn.Module, module: nn.Module, batch: int, images: in
     for mean, value in zip(average.parameters(), module.parameters(), strict=True):
         mean.lerp_(value.detach(), 1 - decay)
     for kept, current in zip(average.buffers(), module.buffers(), strict=True):
-        kept.copy_(current)
+        if kept.is_floating_point():
+            kept.lerp_(current, 1 - decay)
+        else:
+            kept.copy_(current)

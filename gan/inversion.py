@@ -98,6 +98,8 @@ def train_encoder(
 ) -> Iterator[Record]:
     """Train `state["encoder"]` in place until `config.images` have been seen, yielding after every step.
 
+    The generator is frozen, and stays so.
+
     The encoder sees what `disturb` makes of the images, and is to draw what they were; None: nothing. With
     an `agreement_weight` the drawings are to mean to `agree` what the images mean to it, and `disturb` is
     given their lead in place of the squared error: it finds more than the loss itself does.

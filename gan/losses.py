@@ -17,7 +17,7 @@ Critic = Callable[[Tensor], Tensor]
 
 class AdversarialLoss(NamedTuple):
     """`critic(real_scores, fake_scores)` and `generator(real_scores, fake_scores)` are (N,) losses;
-    `penalty(critic, real, fake, seed)` is a (N,) penalty, to be weighted by the caller."""
+    `penalty(critic, real, fake, rng)` is a (N,) penalty, to be weighted by the caller."""
 
     critic: Callable[[Tensor, Tensor], Tensor]
     generator: Callable[[Tensor, Tensor], Tensor]

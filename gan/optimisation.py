@@ -1,4 +1,4 @@
-"""What the two training loops share: the optimiser step over processes and the learning-rate curve."""
+"""What all training loops share: the optimiser step over processes and the learning-rate curve."""
 
 from __future__ import annotations
 
@@ -48,6 +48,16 @@ def descend(fabric: Fabric, optimizer: torch.optim.Optimizer, loss: Tensor, lr: 
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
+
+
+def share_statistics(fabric: Fabric, module: nn.Module) -> None:
+    """Let the batch statistics of `module` be the mean of what the processes made of their own images."""
+    if fabric.world_size > 1:
+        for name, buffer in module.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                mean = fabric.all_reduce(buffer, reduce_op="mean")
+                assert isinstance(mean, Tensor)
+                buffer.copy_(mean)
 
 
 def cosine(lr: float, images: int, total: int, final: float = 0.05) -> float:

@@ -105,7 +105,7 @@ def train_gan(
         for _ in range(config.critic_steps):
             real = batches(critic_updates)
             with torch.no_grad(), fabric.autocast():
-                fake = generator(_prior(real, generator.latent_dim, rng))
+                fake = generator(_prior(real, generator.latent_dim, rng)).to(real)
             with fabric.autocast():
                 critic_loss = loss.critic(critic(real), critic(fake)).mean()
                 if critic_updates % config.penalty_every == 0:

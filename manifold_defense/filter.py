@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
+from manifold_defense.modes import as_deployed
 from manifold_defense.projection import (
     PRESETS,
     Bank,
@@ -137,7 +138,8 @@ class ManifoldFilter(nn.Module):
             return found.image + (x - x.detach())
         if self.view == "start":
             assert self.encoder is not None
-            surrogate = self.generator(self.encoder(x))
+            with as_deployed(self.generator, self.encoder):
+                surrogate = self.generator(self.encoder(x))
             imitation: Tensor = found.image + (surrogate - surrogate.detach())
             return imitation
         if self.view == "soft":

@@ -1,10 +1,11 @@
-"""The mode that a module is asked in."""
+"""The mode and the precision that a module is asked in."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import nn
 
 
@@ -21,3 +22,13 @@ def evaluation_mode(*models: object) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
+
+
+@contextmanager
+def as_deployed(*models: object) -> Iterator[None]:
+    """`evaluation_mode`, and the full precision of weights and images whatever autocast the caller is in."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda", "mps"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(evaluation_mode(*models))
+        yield

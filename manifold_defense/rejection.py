@@ -11,7 +11,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from manifold_defense.filter import DefendedClassifier, ManifoldFilter, with_parts
+from manifold_defense.filter import ManifoldFilter, with_parts
 from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import View
 
@@ -38,11 +38,6 @@ class RejectingClassifier(nn.Module):
     def view(self, name: View) -> Self:
         """This model, sharing all weights, differentiated as `name` says."""
         return with_parts(self, filter=self.filter.seen(name))
-
-    @property
-    def without_reject(self) -> DefendedClassifier:
-        """The same without the option to refuse."""
-        return DefendedClassifier(self.filter, self.classifier)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.classifier(self.filter(x))

@@ -37,7 +37,7 @@ LOOPS = (
 )
 
 RULES = (
-    Rule("gan", ("gan", "manifold_defense.artifact", "pipelines")),
+    Rule("gan", ("gan", "manifold_defense.artifact", "manifold_defense.hardening.training", "pipelines")),
     Rule("manifold_defense", ("manifold_defense", "pipelines")),
     Rule("pipelines", ("pipelines",)),
     Rule("lightning_fabric", (*LOOPS, "pipelines")),

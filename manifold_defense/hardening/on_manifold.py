@@ -28,7 +28,7 @@ def _on_manifold_attack(
 ) -> Tensor:
     generator, encoder = _manifold(step)
     with torch.no_grad():
-        z = encoder(x)
+        z = encoder(x).to(x)  # an attack is to take its steps in full
     return latent_attack(model, generator, z, y, eps=eps, steps=steps, seed=step.seed)
 
 
@@ -128,7 +128,7 @@ class RobustManifold(Base):
         generator, encoder = _manifold(step)
         chosen = slice(0, min(self.pairs, len(x)))
         with torch.no_grad():
-            latents = encoder(x)
+            latents = encoder(x).to(x)
         rng = torch.Generator().manual_seed(step.seed)
         centre, label = latents[chosen], y[chosen]
         jitter = torch.randn(2, *centre.shape, generator=rng).to(centre) * self.spread

@@ -6,16 +6,17 @@ and the step, so that a restarted run continues bit for bit (on CPU).
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from gan.averaging import averaged_copy, update_average
+from gan.optimisation import Record, State, cosine, descend, share_statistics
 from manifold_defense.filter import ManifoldFilter
 from manifold_defense.hardening.objective import Objective, Step
 from manifold_defense.types import Classifier
@@ -50,14 +51,7 @@ class TrainingConfig:
             raise ValueError(f"weight_decay: expected at least 0, got {self.weight_decay}")
 
 
-class Record(NamedTuple):
-    """What the loop yields after each step: images seen by all processes, and scalars ()."""
-
-    images: int
-    metrics: dict[str, Tensor]
-
-
-def classifier_state(fabric: Fabric, model: nn.Module, config: TrainingConfig) -> dict[str, Any]:
+def classifier_state(fabric: Fabric, model: nn.Module, config: TrainingConfig) -> State:
     """What `fabric.save` and `fabric.load` carry; training starts from the weights of `model`.
 
     `average` is the exponential mean of the weights, `best` that of the best validation, `validations` all
@@ -67,8 +61,8 @@ def classifier_state(fabric: Fabric, model: nn.Module, config: TrainingConfig) -
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     return {
         "model": model,
-        "average": copy.deepcopy(model).eval().requires_grad_(False),
-        "best": copy.deepcopy(model).eval().requires_grad_(False),
+        "average": averaged_copy(model),
+        "best": averaged_copy(model),
         "validations": [],
         "optimizer": fabric.setup_optimizers(optimizer),
         "step": 0,
@@ -78,7 +72,7 @@ def classifier_state(fabric: Fabric, model: nn.Module, config: TrainingConfig) -
 
 def train_classifier(
     fabric: Fabric,
-    state: dict[str, Any],
+    state: State,
     batches: LabelledBatches,
     config: TrainingConfig,
     objective: Objective,
@@ -106,19 +100,14 @@ def train_classifier(
         with fabric.autocast():
             losses = objective(trained, x, y, Step(progress, attack_seed, state["step"], manifold, teacher))
         assert losses.shape == y.shape
-        optimizer.zero_grad(set_to_none=True)
-        fabric.backward(losses.mean())
-        for parameter in model.parameters():
-            if fabric.world_size > 1 and parameter.grad is not None:
-                parameter.grad = fabric.all_reduce(parameter.grad, reduce_op="mean")
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-        optimizer.step()
+        lr = cosine(config.lr, state["images"], config.images, final=0.02)
+        descend(fabric, optimizer, losses.mean(), lr)
+        share_statistics(fabric, model)
 
         batch = config.batch_size * fabric.world_size
         state["step"] += 1
         state["images"] += batch
-        _update_average(average, model, batch, min(config.average_half_life, 0.1 * state["images"]))
+        update_average(average, model, batch, state["images"], config.average_half_life)
         metrics = {"loss": losses.detach().mean()}
         if validate is not None and _due(progress, state["images"] / config.images):
             clean, robust = fabric.broadcast(validate(average))
@@ -136,13 +125,3 @@ def train_classifier(
 def _due(before: float, now: float) -> bool:
     """Whether a validation falls between two points of the training; the last one always does."""
     return int(before * _VALIDATIONS) != int(now * _VALIDATIONS) or now >= 1
-
-
-@torch.no_grad()
-def _update_average(average: nn.Module, model: nn.Module, batch: int, half_life: float) -> None:
-    decay = 0.5 ** (batch / half_life)
-    for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-        if mean.is_floating_point():
-            mean.lerp_(value, 1 - decay)
-        else:
-            mean.copy_(value)

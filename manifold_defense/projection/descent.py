@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from manifold_defense.modes import evaluation_mode
+from manifold_defense.modes import as_deployed
 from manifold_defense.projection.config import ProjectionConfig
 from manifold_defense.projection.losses import LOSSES
 from manifold_defense.projection.metric import Metric, mean_metric
@@ -35,15 +35,15 @@ def project(
 ) -> Projection:
     """Project images (N, C, H, W) in [0, 1] onto the range of `generator`.
 
-    Deterministic, and per image: neither the batch nor the caller's gradient or inference mode, nor the
-    mode of the modules, which are asked in eval mode, changes the result (beyond rounding, which a solver
-    can amplify where the generator has a kink).
+    Deterministic, and per image: neither the batch nor the caller's gradient, inference or autocast mode,
+    nor the mode of the modules, which are asked in eval mode, changes the result (beyond rounding, which a
+    solver can amplify where the generator has a kink).
     The result carries no gradient; see `project_exactly` for one that does. A bank or metric that the
     config asks for is computed unless it is passed. Raises ValueError for anything but finite float
     images of the generator's shape in [0, 1]; an empty batch gives an empty projection.
     """
     check_images(x, generator.image_shape)
-    with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(generator, encoder):
+    with torch.inference_mode(False), torch.enable_grad(), as_deployed(generator, encoder):
         x = x.detach().clone()  # leaves inference mode
         bank, metric = surroundings(generator, x, config, bank, metric)
         problem = Problem(generator, config, metric)
@@ -71,7 +71,7 @@ def project_exactly(
     derivatives of the result.
     """
     check_images(x, generator.image_shape)
-    with evaluation_mode(generator, encoder):
+    with as_deployed(generator, encoder):
         bank, metric = surroundings(generator, x.detach(), config, bank, metric)
         problem = Problem(generator, config, metric)
         return torch.cat(
@@ -95,22 +95,37 @@ def project_softly(
     """`Σ_r p_r G(z_r)` (N, C, H, W) over the restarts, `p = softmax(−loss / (temperature · least loss))`.
 
     Stands in for `project_exactly` where an attack would rather know which restart is about to win:
-    differentiable in x through every step of all of them, at their price. None is dropped underway.
+    differentiable in x through every step of all of them, at their price. None is dropped underway; those
+    that diverged have no weight.
     """
     check_images(x, generator.image_shape)
     parts = [x[:0]]
-    with evaluation_mode(generator, encoder):
+    with as_deployed(generator, encoder):
         bank, metric = surroundings(generator, x.detach(), config, bank, metric)
         each = Problem(generator, replace(config, restarts=1, halve_every=0), metric)
         for part, start in _chunks(Problem(generator, config, metric), x, encoder, bank):
             target = part.repeat_interleave(config.restarts, 0)
             point = _Unrolled.apply(target, start.flatten(0, 1).unsqueeze(1), each)
+            point, diverged = _weighable(each, point, target, config.restarts)
             loss = each.loss(point, target)[0].view(len(part), -1)
             scale = temperature * loss.amin(1, keepdim=True).clamp(min=1e-12)
-            weights = (-loss / scale).softmax(1)
+            weights = (-loss / scale).masked_fill(diverged, -torch.inf).softmax(1)
             images = generator(each.latent(point)).view(len(part), config.restarts, *part.shape[1:])
             parts.append(torch.einsum("nr,nrchw->nchw", weights, images))
     return torch.cat(parts)
+
+
+def _weighable(problem: Problem, point: Tensor, target: Tensor, restarts: int) -> tuple[Tensor, Tensor]:
+    """Points (N·R, D) whose loss is finite if one of their image's is, and which (N, R) are stand-ins.
+
+    Those stand where the best of their image's does: zero times NaN would be no zero.
+    """
+    with torch.no_grad():
+        loss = problem.loss(point, target)[0].view(-1, restarts).nan_to_num(nan=torch.inf)
+    diverged = loss.isinf() & loss.isfinite().any(1, keepdim=True)
+    best = loss.argmin(1) + restarts * torch.arange(len(loss), device=loss.device)
+    stand_in = point.detach()[best].repeat_interleave(restarts, 0)
+    return torch.where(diverged.view(-1, 1), stand_in, point), diverged
 
 
 def surroundings(
@@ -121,7 +136,7 @@ def surroundings(
     metric: Metric | None = None,
 ) -> tuple[Bank | None, Metric | None]:
     """Bank and metric that `config` asks for, made where they are missing; None where it does not."""
-    with evaluation_mode(generator):
+    with as_deployed(generator):
         if config.uses_bank and bank is None:
             bank = make_bank(generator, like, config.bank, config.seed)
         if config.uses_metric and metric is None:
@@ -314,19 +329,23 @@ class _Unrolled(torch.autograd.Function):
         # of the state after `index` steps, and no later step touches it.
         cotangent = [torch.zeros_like(entry) for entry in init(grad_point, problem.config)]
         cotangent[0] = grad_point.clone()
+        # What nobody asks of need not be undone, and where it diverged cannot be.
+        wanted = (grad_point != 0).any(1)
         for k in reversed(range(len(ctx.states))):
-            onward = (ctx.index > k).nonzero().squeeze(1)
+            kept = (ctx.index > k).nonzero().squeeze(1)
+            asked = wanted[kept]
+            onward = kept[asked]
             if not len(onward):
                 continue
-            with torch.enable_grad(), evaluation_mode(problem.generator):
-                state = tuple(entry.detach().requires_grad_(True) for entry in ctx.states[k])
+            with torch.enable_grad(), as_deployed(problem.generator):
+                state = tuple(entry[asked].detach().requires_grad_(True) for entry in ctx.states[k])
                 image = x[onward].requires_grad_(True)
                 loss, _ = problem.loss(state[0], image)
                 (gradient,) = torch.autograd.grad(loss.sum(), state[0], create_graph=True)
                 # The values of the descent, which may have been rounded, so that the step decides as it
                 # did there; the derivatives of what was computed here.
                 loss, gradient = (
-                    made + (met - made).detach()
+                    made + (met[asked] - made).detach()
                     for made, met in zip((loss, gradient), ctx.slopes[k], strict=True)
                 )
                 after = problem.step(state, loss, gradient, k, pixels)

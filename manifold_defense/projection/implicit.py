@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from manifold_defense.modes import evaluation_mode
+from manifold_defense.modes import as_deployed
 from manifold_defense.projection.config import ProjectionConfig
 from manifold_defense.projection.descent import Problem
 from manifold_defense.projection.jacobian import Jacobian
@@ -58,10 +58,10 @@ def stationarity(generator: Generator, x: Tensor, z: Tensor, config: ProjectionC
     """`‖∇_z F‖ / (2 s ‖r‖)` of each image, (N,): 0 where z (N, D) is a stationary point of the loss F.
 
     r = G(z) − x, and s² is the mean squared stretch of J along random directions: at a z drawn at
-    random the value is of order √D. The implicit formulas speak of the projection only where it is
-    small.
+    random the value is of order 1, and at most some √D. The implicit formulas speak of the projection
+    only where it is far smaller.
     """
-    with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(generator):
+    with torch.inference_mode(False), torch.enable_grad(), as_deployed(generator):
         products = Jacobian(generator, z)
         x = x.detach().clone()
         loss, distance = Problem(generator, config, None).loss(products.z, x)
@@ -86,7 +86,7 @@ class _Attached(torch.autograd.Function):
     ) -> Tensor:
         ctx.problem, ctx.formula, ctx.limits = problem, formula, (iterations, tolerance, damping)
         ctx.save_for_backward(x, z)
-        with evaluation_mode(problem.generator):
+        with as_deployed(problem.generator):
             image: Tensor = problem.generator(z)
         return image
 
@@ -94,7 +94,7 @@ class _Attached(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         x, z = ctx.saved_tensors
-        with evaluation_mode(ctx.problem.generator):
+        with as_deployed(ctx.problem.generator):
             grad_x = _pulled_back(ctx.problem, ctx.formula, x, z, v, *ctx.limits)
         return grad_x, None, None, None, None, None, None
 

@@ -91,7 +91,8 @@ def _lbfgs_step(state: State, loss: Tensor, gradient: Tensor, k: int, config: Pr
     through what is known (eq. 3.57). Nobody waits for anybody's line search.
     """
     trial, z, f, g, direction, length, s, y, rho = state
-    loss = loss.unsqueeze(1)
+    # What is not a number is as bad as can be: a trial that is to be shortened.
+    loss = loss.unsqueeze(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
     slope = (g * direction).sum(1, keepdim=True)
     accepted = torch.isfinite(loss) & (loss <= f + _SUFFICIENT * length * slope)
 

@@ -152,12 +152,30 @@ def test_settings_of_a_filter_are_no_name(networks: Any) -> None:
         ManifoldFilter(*networks).configured(name)
 
 
-def test_a_filter_of_less_strength_runs_in_mixed_precision(networks: Any) -> None:
-    filter = ManifoldFilter(*networks, ProjectionConfig(steps=0, strength=0.3))
-    x = images(2).requires_grad_(True)
+_SOLVED = ProjectionConfig(steps=3, seed=3)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize(
+    "config",
+    [
+        ProjectionConfig(steps=0, strength=0.3),
+        replace(_SOLVED, restarts=2),
+        replace(_SOLVED, solver="lbfgs", restarts=3, others="bank", bank=20),
+    ],
+)
+def test_the_autocast_of_a_caller_changes_nothing(networks: Any, config: ProjectionConfig, view: Any) -> None:
+    """Neither what is drawn, nor its gradient, nor the metric and the bank that are kept."""
+    rounded, plain = ManifoldFilter(*networks, config, view), ManifoldFilter(*networks, config, view)
+    x, weights = images(3).requires_grad_(True), images(3, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
-        given = filter(x)
-    torch.testing.assert_close(given, filter(x), atol=0.01, rtol=0)
+        given, unrecorded = rounded(x), rounded(x.detach())
+    gradient = torch.autograd.grad((weights * given).sum(), x)[0]
+    assert given.dtype == torch.float32
+    assert torch.equal(given, plain(x))
+    assert torch.equal(unrecorded, plain(x))
+    assert torch.equal(rounded(x), plain(x))
+    assert torch.equal(gradient, torch.autograd.grad((weights * plain(x)).sum(), x)[0])
 
 
 @pytest.mark.parametrize("view", ["", "bpda", "unaware"])

@@ -17,8 +17,10 @@ from manifold_defense.hardening import (
     Clean,
     Curriculum,
     Distillation,
+    Dual,
     GradientPenalty,
     IntervalBounds,
+    Latent,
     Mixture,
     Objective,
     Pgd,
@@ -104,6 +106,67 @@ def test_trades_weighs_the_gap_to_the_clean_answer(digits: Any) -> None:
     gaps = [losses_of(Trades(eps=0.1, steps=3, beta=beta), x, y) - clean for beta in (1.0, 3.0)]
     assert (gaps[0] > 0).all()
     torch.testing.assert_close(gaps[1], 3 * gaps[0], rtol=1e-4, atol=1e-6)
+
+
+def test_trades_climbs_to_where_the_gap_is_largest() -> None:
+    """Of a linear model of two classes: one of two corners of the ball, by where it begins."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    model[1].weight.data = torch.tensor([[1.0, -2.0, 0.5, 1.0], [-1.0, 1.0, 0.0, 3.0]])
+    x, y = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0])
+    losses = Trades(eps=0.1, steps=5, beta=1.0)(model, x, y, Step(seed=0))
+    away = (model[1].weight[1] - model[1].weight[0]).sign().view(1, 1, 2, 2)
+    gaps = [
+        F.kl_div(model(x + s * 0.1 * away).log_softmax(1), model(x).softmax(1), reduction="none").sum(1)
+        for s in (1, -1)
+    ]
+    found = losses - F.cross_entropy(model(x), y, reduction="none")
+    assert torch.stack([(found - gap).abs() for gap in gaps]).amin().item() < 1e-6
+
+
+def test_a_mixture_remembers_its_gradients(digits: Any) -> None:
+    x, y = digits[0][:20], digits[1][:20]
+    forgetful, own = (losses_of(Mixture(eps=0.1, steps=5, decay=decay), x, y) for decay in (0.0, 1.0))
+    assert not torch.allclose(forgetful, own)
+
+
+def test_dual_training_is_half_in_pixels_and_half_in_latents(digits: Any, manifold: ManifoldFilter) -> None:
+    x, y = digits[0][:20], digits[1][:20]
+    both = losses_of(Dual(eps=0.1, eps_latent=0.2, steps=2), x, y, manifold=manifold)
+    pixels = losses_of(Pgd(eps=0.1, steps=2), x, y)
+    latents = losses_of(Latent(eps=0.2, steps=2, clean_share=0.0), x, y, manifold=manifold)
+    torch.testing.assert_close(both, (pixels + latents) / 2)
+
+
+def test_the_penalty_ramps(digits: Any) -> None:
+    x, y = digits[0][:20], digits[1][:20]
+    penalty = GradientPenalty(eps=0.1, ramp=0.5)
+    clean, half, full = (losses_of(penalty, x, y, progress=p) for p in (0.0, 0.25, 0.5))
+    torch.testing.assert_close(clean, losses_of(Clean(), x, y))
+    torch.testing.assert_close(half - clean, (full - clean) / 2)
+
+
+def test_pairs_weigh_as_they_are_told(digits: Any, manifold: ManifoldFilter, hardened: nn.Module) -> None:
+    x, y, step = digits[0][:50], digits[1][:50], Step(manifold=manifold)
+    objective = RobustManifold(eps=0.1, steps=2, ramp=0.0, weight=0.7, pairs=50, pair_eps=2.0)
+    ends, labels = objective.label_consistent_pairs(hardened, x, y, step)
+    assert len(labels) > 0
+    paired = F.cross_entropy(hardened(ends), torch.cat([labels, labels]))
+    own = Pgd(eps=0.1, steps=2, ramp=0.0)(hardened, x, y, step)
+    torch.testing.assert_close(objective(hardened, x, y, step), own + 0.7 * paired)
+
+
+@pytest.mark.parametrize("name", ["latent", "dual", "robust_manifold"])
+def test_latents_are_attacked_in_full_under_autocast(
+    digits: Any, manifold: ManifoldFilter, name: str
+) -> None:
+    asked: list[torch.dtype] = []
+    handle = manifold.generator.register_forward_pre_hook(lambda _, given: asked.append(given[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert manifold.encoder(digits[0][:4]).dtype == torch.bfloat16
+        losses = losses_of(SMALL[name], digits[0][:8], digits[1][:8], manifold=manifold)
+    handle.remove()
+    assert losses.isfinite().all()
+    assert set(asked) == {torch.float32}
 
 
 def test_the_curriculum_changes_the_ball(digits: Any) -> None:

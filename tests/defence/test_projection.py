@@ -109,6 +109,21 @@ def test_lbfgs_takes_back_steps_that_are_too_long(linear: Any, step_size: float)
     assert gradient.abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("beyond", [torch.nan, torch.inf])
+def test_lbfgs_takes_back_steps_to_where_nothing_is_drawn(beyond: float) -> None:
+    class Line(nn.Module):
+        """`G(z) = z` on one pixel, above -2; beyond it, what is no image."""
+
+        latent_dim, image_shape = 1, (1, 1, 1)
+
+        def forward(self, z: Tensor) -> Tensor:
+            return (z + torch.where(z > -2, 0.0, beyond)).view(-1, 1, 1, 1)
+
+    x = torch.full((1, 1, 1, 1), 0.9, dtype=torch.float64)
+    config = ProjectionConfig("lbfgs", "origin", metric="none", steps=30, step_size=10.0)
+    assert float(project(Line(), x, config).error) < 1e-8
+
+
 def test_the_reference_is_as_published() -> None:
     assert (REFERENCE.restarts, REFERENCE.steps, REFERENCE.step_size, REFERENCE.momentum) == (
         10,

@@ -75,7 +75,6 @@ def test_logits_are_those_of_the_filter_whether_refused_or_not(linear: Any) -> N
     assert (model.predict(x) == REJECTED).all()
     expected = DefendedClassifier(filter, model.classifier)
     assert torch.equal(model(x), expected(x))
-    assert torch.equal(model.without_reject(x), expected(x))
     assert torch.equal(model.view("identity")(x), expected(x))
     assert model.view("identity").threshold == 0.0
 

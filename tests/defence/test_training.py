@@ -1,5 +1,9 @@
 """The training loop: losses fall, robustness rises, the best is kept, a stopped run resumes bit for bit."""
 
+import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -80,6 +84,20 @@ def test_the_frozen_average_and_the_model_are_left_as_promised(fabric: Fabric, d
     assert not state["average"].training
     assert not any(p.requires_grad for p in state["average"].parameters())
     assert all(p.requires_grad for p in state["model"].parameters())
+
+
+def test_the_rate_falls_along_a_cosine_and_early_weights_are_forgotten(fabric: Fabric, digits: Any) -> None:
+    start = classifier()
+    state, rates = classifier_state(fabric, classifier(), CONFIG), []
+    for k, _ in enumerate(train_classifier(fabric, state, batches_of(digits), CONFIG, Clean(), 0)):
+        rates.append(state["optimizer"].param_groups[0]["lr"])
+        if k == 0:  # of 32 images seen, a half-life of 3.2
+            for mean, new, old in zip(
+                *(m.parameters() for m in (state["average"], state["model"], start)), strict=True
+            ):
+                torch.testing.assert_close(mean, old.lerp(new, 1 - 0.5**10))
+    shape = [0.02 + 0.98 * (1 + math.cos(math.pi * k / 40)) / 2 for k in range(40)]
+    assert rates == pytest.approx([CONFIG.lr * share for share in shape])
 
 
 def test_batch_statistics_are_learned_and_averaged(fabric: Fabric, digits: Any) -> None:
@@ -163,6 +181,66 @@ def test_resumes_bit_for_bit(
     forgetful["step"] = 0
     run(forgetful, 10)
     assert not all(torch.equal(expected[key], value) for key, value in tensors(forgetful).items())
+
+
+_TWO = """
+import sys
+import torch
+from lightning_fabric import Fabric
+from manifold_defense.hardening import Clean, Pgd
+from manifold_defense.hardening.training import TrainingConfig, classifier_state, train_classifier
+from tests.defence.hardening_support import classifier, with_batch_statistics
+
+torch.set_num_threads(1)
+folder, devices = sys.argv[1], int(sys.argv[2])
+fabric = Fabric(accelerator="cpu", devices=devices)
+fabric.launch()
+config = TrainingConfig(images=1000, batch_size=32 // devices)
+
+
+def batches(step):
+    rng = torch.Generator().manual_seed(step)
+    x, y = torch.rand(32, 1, 8, 8, generator=rng), torch.randint(0, 10, (32,), generator=rng)
+    own = slice(fabric.global_rank, None, devices)
+    return x[own], y[own]
+
+
+def run(state, objective, steps):
+    loop = train_classifier(fabric, state, batches, config, objective, 0)
+    for _ in range(steps):
+        next(loop)
+    return state
+
+
+made = {"plain": run(classifier_state(fabric, classifier(), config), Clean(), 5)}
+made["straight"] = run(classifier_state(fabric, with_batch_statistics(), config), Pgd(steps=1), 6)
+half = run(classifier_state(fabric, with_batch_statistics(), config), Pgd(steps=1), 3)
+fabric.save(folder + "/half.ckpt", half)
+fabric.barrier()
+made["resumed"] = classifier_state(fabric, with_batch_statistics(), config)
+fabric.load(folder + "/half.ckpt", made["resumed"], weights_only=True)
+run(made["resumed"], Pgd(steps=1), 3)
+found = {name: {k: state[k].state_dict() for k in ("model", "average")} for name, state in made.items()}
+torch.save(found, f"{folder}/{devices}-{fabric.global_rank}.pt")
+"""
+
+
+def test_two_processes_train_what_one_does_and_go_on_where_they_stopped(tmp_path: Path) -> None:
+    """By the mean of their gradients, and of their batch statistics, which a state has but once."""
+    script = tmp_path / "train.py"
+    script.write_text(_TWO)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    for devices in (1, 2):
+        command = [sys.executable, str(script), str(tmp_path), str(devices)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    for key in ("model", "average"):
+        for name, value in one["plain"][key].items():
+            torch.testing.assert_close(first["plain"][key][name], value)
+        for name, value in first["straight"][key].items():
+            assert torch.equal(second["straight"][key][name], value)
+            assert torch.equal(first["resumed"][key][name], value)
 
 
 def test_the_best_validation_is_kept(fabric: Fabric, digits: Any) -> None:

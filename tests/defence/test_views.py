@@ -167,3 +167,24 @@ def test_a_cold_mixture_is_the_winner_and_a_warm_one_sees_the_others() -> None:
         product(lambda a: project_softly(generator, a, alone), x, v),
         product(lambda a: project_exactly(generator, a, alone), x, v),
     )
+
+
+class Cracked(Curved):
+    """Without an image where the first latent is above 0.3."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return super().forward(z) + torch.where(z[:, :1] > 0.3, torch.nan, 0.0).view(-1, 1, 1, 1)
+
+
+def test_a_restart_that_diverged_has_no_weight() -> None:
+    config = ProjectionConfig("gd", "prior", metric="none", restarts=8, steps=3, step_size=0.01)
+    x, mixtures = near(Curved()).requires_grad_(True), []
+    for generator in (Curved(), Cracked()):
+        mixtures.append(project_softly(generator, x, config, temperature=1e-4))
+    deployed = project(Cracked(), x.detach(), config)
+    assert deployed.image.isfinite().all()
+    torch.testing.assert_close(mixtures[1].detach(), deployed.image, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(mixtures[0], mixtures[1])  # where it is whole, one beyond the crack wins
+    (gradient,) = torch.autograd.grad(mixtures[1].sum(), x)
+    exact = torch.autograd.grad(project_exactly(Cracked(), x, config).sum(), x)[0]
+    torch.testing.assert_close(gradient, exact, rtol=1e-2, atol=1e-3)

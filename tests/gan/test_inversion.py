@@ -148,6 +148,18 @@ def test_agreement_weighs_by_the_pixel(fabric: Fabric, monkeypatch: pytest.Monke
     torch.testing.assert_close(losses[1] - losses[0], 0.5 * 64 * apart, rtol=1e-3, atol=1e-4)
 
 
+def test_latents_weigh_as_they_are_told(fabric: Fabric, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: list[Tensor] = []
+    monkeypatch.setattr("gan.inversion.descend", lambda fabric, optimizer, loss, lr: losses.append(loss))
+    generator, encoder = networks()
+    images = drawn_by(generator, 16)
+    for weight in (0.0, 0.5):
+        config = EncoderConfig(images=16, batch_size=16, latent_weight=weight)
+        state = encoder_state(fabric, encoder, config)
+        record = next(train_encoder(fabric, state, generator, lambda step: images, config, 0))
+    torch.testing.assert_close(losses[1] - losses[0], 0.5 * record.metrics["latent_error"])
+
+
 def test_a_weight_on_agreement_makes_drawings_agree(fabric: Fabric) -> None:
     """Each half can be drawn, both at once cannot: what agreement asks for comes first."""
     apart = {}

@@ -1,5 +1,6 @@
 """The loops of GAN and encoder: they spend what they say and resume bit for bit; the GAN learns to draw."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import islice
@@ -12,6 +13,7 @@ from lightning_fabric import Fabric
 from state_support import tensors
 from torch import Tensor
 
+import gan.training
 from gan import Encoder, Generator, NetworkConfig
 from gan.inversion import EncoderConfig, encoder_state, train_encoder
 from gan.optimisation import seeded
@@ -170,6 +172,59 @@ def test_who_is_trained(fabric: Fabric, digits: Any, name: str) -> None:
     for key in ("generator_average", "encoder_average"):
         assert not state[key].training
         assert not any(p.requires_grad for p in state[key].parameters())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_penalty_is_seldom_and_stronger_by_as_much(
+    digits: Any, monkeypatch: pytest.MonkeyPatch, precision: Any
+) -> None:
+    """And of real and drawn images of one type, for it is of gradients at them."""
+    losses: list[Tensor] = []
+
+    def penalty(critic: Any, real: Tensor, fake: Tensor, rng: torch.Generator) -> Tensor:
+        assert real.dtype == fake.dtype == torch.float32
+        return torch.ones(len(real))
+
+    flat = gan.training.LOSSES["r3gan"]._replace(critic=lambda real, fake: 0 * real, penalty=penalty)
+    monkeypatch.setitem(gan.training.LOSSES, "r3gan", flat)
+    monkeypatch.setattr("gan.training.descend", lambda fabric, optimizer, loss, lr: losses.append(loss))
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+    config = replace(R3, critic_steps=1, penalty_weight=0.5, penalty_every=3)
+    exhaust(train_gan(fabric, gan_state(fabric, SHAPE, config, 0), batches_of(digits[0]), config, 0), 4)
+    assert [loss.item() for loss in losses[::2]] == [1.5, 0.0, 0.0, 1.5]
+
+
+def test_latents_are_for_the_encoder_alone_to_find(
+    fabric: Fabric, digits: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What inverts its own drawings would have the generator draw what is easily inverted."""
+    gradients: list[list[Tensor]] = []
+    for weight in (0.0, 10.0):
+        config = replace(R3, critic_steps=1, latent_weight=weight)
+        state = gan_state(fabric, SHAPE, config, 0)
+
+        def noted(fabric: Fabric, optimizer: Any, loss: Tensor, lr: float, state: Any = state) -> None:
+            networks = (*state["generator"].parameters(), *state["encoder"].parameters())
+            if optimizer is state["generator_optimizer"]:
+                gradients.append(list(torch.autograd.grad(loss, networks)))
+
+        monkeypatch.setattr("gan.training.descend", noted)
+        next(train_gan(fabric, state, batches_of(digits[0]), config, 0))
+    own = len(list(state["generator"].parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*(g[:own] for g in gradients), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(*(g[own:] for g in gradients), strict=True))
+
+
+@every_loop
+def test_the_rate_falls_along_a_cosine(fabric: Fabric, digits: Any, name: str) -> None:
+    loop = Loop(fabric, digits[0], LOOPS[name])
+    state, rates = loop.fresh(), []
+    key = "optimizer" if "optimizer" in state else "generator_optimizer"
+    for _ in range(20):
+        loop.run(state, 1)
+        rates.append(state[key].param_groups[0]["lr"])
+    shape = [0.05 + 0.95 * (1 + math.cos(math.pi * k / 20)) / 2 for k in range(20)]
+    assert rates == pytest.approx([LOOPS[name].lr * share for share in shape])
 
 
 @pytest.mark.parametrize("name", ["r3gan", "wgan_gp"])
