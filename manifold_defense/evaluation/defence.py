@@ -31,6 +31,10 @@ NO_GRADIENT: ViewName = "deployed"  # for an attack that asks the deployed model
 CHECKED = "checks"  # in place of a view, for what the checks for masked gradients broke
 
 
+class ModelError(ValueError):
+    """A model that cannot be evaluated; the message names its defence and says what was expected of it."""
+
+
 @dataclass(frozen=True)
 class Defence:
     """A model whose predictions count, and the models that an attacker may differentiate instead.
@@ -72,6 +76,16 @@ class Defence:
         """What attacks ask for answers alone: of a model that draws, the mean that is attacked."""
         return self.strongest if self.draws > 1 else self.model
 
+    def asked(self, model: Classifier, x: Tensor) -> Tensor:
+        """`model(x)` for one of its models; ModelError if that changes the images (N, C, H, W) in place."""
+        version = _version(x)
+        logits = model(x)
+        if _version(x) != version:
+            raise ModelError(
+                f"{self.name}: expected a model that leaves its images alone, it changed them in place"
+            )
+        return logits
+
     @classmethod
     def of(cls, name: str, model: Classifier, trained: tuple[Threat, ...] = ()) -> Defence:
         """A model in every view that its kind has."""
@@ -104,3 +118,8 @@ class Defence:
         """A classifier behind another preprocessing step, in every view of it."""
         views: dict[str, Classifier] = {view: model.view(view) for view in ORDER if view in model.views()}
         return cls(name, model, {"unaware": model.classifier, **views}, trained)
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor was written to; of one made in inference mode nobody knows."""
+    return 0 if x.is_inference() else x._version

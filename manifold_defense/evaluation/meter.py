@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from manifold_defense.attacks import Expectation
+from manifold_defense.evaluation.defence import Defence
 from manifold_defense.filter import ManifoldFilter
 from manifold_defense.types import Classifier
 
@@ -17,9 +18,10 @@ COSTS = ("forward", "backward", "generator")
 class Meter:
     """Counts while it is entered; `counted(model)` is the model with a counter before it."""
 
-    def __init__(self, deployed: Classifier) -> None:
+    def __init__(self, defence: Defence) -> None:
         self.forward = self.backward = self.generator = 0.0
-        filter = getattr(deployed, "filter", None)
+        self.defence = defence
+        filter = getattr(defence.model, "filter", None)
         self._generators = [filter.generator] if isinstance(filter, ManifoldFilter) else []
         self._hooks: list[Any] = []
 
@@ -58,7 +60,7 @@ class _Counted(nn.Module):
         if x.requires_grad:
             x = x.view_as(x)  # a leaf may be shared: its hook would stay
             x.register_hook(self._passed)
-        return self.model(x)
+        return self.meter.defence.asked(self.model, x)
 
     def _passed(self, gradient: Tensor | None) -> None:
         if gradient is not None:  # as a function of the model's own can have it, which hides the true one

@@ -98,7 +98,7 @@ def judge(defence: Defence, x: Tensor, y: Tensor, *, attacked: bool, seed: int) 
         if defence.predict is not None:
             prediction = defence.predict(x)
             return prediction, credited(prediction, y, attacked=attacked).float()
-        logits = model(x)
+        logits = defence.asked(model, x)
         score = correct(logits, y).float()
         for _ in range(defence.draws - 1):
             score = score + correct(model(x), y).float()
@@ -111,7 +111,7 @@ def run_job(job: Job, x: Tensor, y: Tensor, seed: int, others: Tensor | None = N
 
     `others` (M, C, H, W) are images for attacks that borrow from some.
     """
-    meter = Meter(job.defence.model)
+    meter = Meter(job.defence)
     with meter:
         x_adv = attack_images(job, x, y, seed, meter, others)
     return _outcome(job, x, x_adv, *_verdict(job, x_adv, y, seed), meter.counts)

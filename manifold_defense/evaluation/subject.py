@@ -97,6 +97,11 @@ class Subject:
         """Which images (N,) have the right largest logit, clean and as `x_adv`."""
         return correct(self.logits(self.x), self.y) & correct(self.logits(x_adv), self.y)
 
+    def right(self) -> Tensor:
+        """Which images (N,) the deployed model gets right as they are, this time."""
+        predicted = self.predicted(self.x)
+        return correct(self.logits(self.x), self.y) if predicted is None else predicted == self.y
+
     def score(self, x_adv: Tensor, y: Tensor, seed: int) -> Tensor:
         """In which share (N,) of its draws the deployed model gets attacked images right, or refuses them."""
         if len(x_adv) == 0:
@@ -113,7 +118,7 @@ class Subject:
     def logits(self, x: Tensor) -> Tensor:
         """(N, K) of the deployed model in eval mode; of one that draws, of the mean that is attacked."""
         with evaluation_mode(self.defence.answering):
-            return self.defence.answering(x)
+            return self.defence.asked(self.defence.answering, x)
 
     @torch.no_grad()
     def predicted(self, x: Tensor) -> Tensor | None:

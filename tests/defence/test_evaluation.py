@@ -15,6 +15,7 @@ from manifold_defense.evaluation import (
     AttackConfig,
     Defence,
     Job,
+    ModelError,
     Outcome,
     attack_images,
     evaluate,
@@ -285,7 +286,7 @@ def test_of_a_model_that_draws_every_draw_is_paid_for_and_its_mean_is_asked() ->
     drawing = Defence("a", Noisy(), {"exact": Expectation(Noisy(), 5)}, draws=2)
     for attack, view in ((AttackConfig("pgd", 2), "exact"), (AttackConfig("square", 3), "deployed")):
         passed.clear()
-        meter = Meter(drawing.model)
+        meter = Meter(drawing)
         attack_images(Job(drawing, attack, view, LINF), x, y, seed=0, meter=meter)
         assert meter.forward == sum(passed) > 0
         assert len(passed) % 5 == 0
@@ -435,3 +436,26 @@ def test_what_cannot_be_evaluated_is_refused(change: dict[str, Any], words: str)
     }
     with pytest.raises(ValueError, match=words):
         evaluate(**{**given, **change})
+
+
+@pytest.mark.parametrize("calls", [1, 3, 8, 30])
+def test_a_model_that_changes_its_images_is_refused_whenever_it_does(
+    classifier: nn.Module, calls: int
+) -> None:
+    """In the words of what is wrong with it, not of the attack that came back with other images."""
+
+    class Blackens(nn.Module):
+        asked = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.asked += 1
+            if self.asked >= calls:
+                with torch.no_grad():
+                    x.fill_(0.0)
+            logits: Tensor = classifier(x)
+            return logits
+
+    x, y = labelled(classifier)
+    attacks = [AttackConfig("pgd", 5), AttackConfig("square", 20)]
+    with pytest.raises(ModelError, match=r"^mine: expected a model that leaves its images alone"):
+        evaluate([Defence.bare("mine", Blackens())], attacks, [LINF], x, y)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from deceivers import Remembers
 from torch import Tensor, nn
@@ -56,6 +57,28 @@ def test_what_is_wrong_to_begin_with_hides_no_masked_gradient(classifier: nn.Mod
     found = evaluate([Defence.bare("detached", Detached())], [AttackConfig("pgd", 5)], [LINF], x, y)
     assert {"gradient", "slope"} <= {c.name for c in found.checks if not c.passed}
     assert all(r.masked for r in found.rows if r.attack == "worst")
+
+
+@pytest.mark.parametrize("period", [2, 3, 4])
+@pytest.mark.parametrize("phase", [0, 1])
+def test_a_model_that_answers_now_and_then_is_told(classifier: nn.Module, period: int, phase: int) -> None:
+    """Right when it is judged, otherwise when an attack asks or a check does: by how often it was asked."""
+    x, y = labelled(classifier)
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.asked = phase
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.asked += 1
+            logits: Tensor = classifier(x)
+            return logits if self.asked % period else -logits
+
+    found = evaluate([Defence.bare("counting", Counting())], [AttackConfig("pgd", 5)], [LINF], x, y)
+    worst = next(r for r in found.rows if r.attack == "worst")
+    assert worst.masked
+    assert "randomness" in {c.name for c in found.checks if not c.passed}
 
 
 def test_a_model_that_remembers_the_clean_images_is_told_from_a_copy(classifier: nn.Module) -> None:
