@@ -65,8 +65,8 @@ class EncoderConfig:
         for name, least in (("images", 0), ("batch_size", 1), ("average_half_life", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr: expected above 0 and finite, got {self.lr}")
+        if not 0 < self.lr <= 1:
+            raise ValueError(f"lr: expected above 0 and at most 1, got {self.lr}")
         for name in ("latent_weight", "agreement_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected at least 0 and finite, got {getattr(self, name)}")

@@ -53,11 +53,11 @@ class GanConfig:
         for name in ("images", "batch_size", "critic_steps", "penalty_every", "average_half_life"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr: expected above 0 and finite, got {self.lr}")
+        if not 0 < self.lr <= 1:
+            raise ValueError(f"lr: expected above 0 and at most 1, got {self.lr}")
         for name in ("penalty_weight", "reconstruction_weight", "latent_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected at least 0 and finite, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected in [0, 1), got {getattr(self, name)}")

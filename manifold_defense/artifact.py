@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +27,8 @@ from manifold_defense.projection import ProjectionConfig
 VERSION = 1
 # Encoders that folders keep: a network of its own, or one that began as a classifier (`encoder_from`).
 OwnEncoder = Encoder | ImageClassifier
+_Settings = TypeVar("_Settings")
+_KINDS = {int: "a whole number", float: "a number", str: "text"}
 FILTER, CLASSIFIER, GAN = "filter.json", "classifier.json", "gan.json"
 
 
@@ -53,9 +56,9 @@ def load_filter(folder: str | Path) -> ManifoldFilter:
     facts, weights = _load(path, FILTER)
     generator, encoder = _networks(path / FILTER, facts, weights)
     try:
-        config = ProjectionConfig(**facts["projection"])
+        config = _settings(ProjectionConfig, facts, "projection")
         return ManifoldFilter(generator, encoder, config)
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ArtifactError(f"{path / FILTER}: bad projection settings: {error}") from None
 
 
@@ -90,11 +93,11 @@ def load_classifier(folder: str | Path) -> ImageClassifier:
     path = _locate(Path(folder), CLASSIFIER, "classifier")
     facts, weights = _load(path, CLASSIFIER)
     try:
-        architecture = ArchitectureConfig(**facts["architecture"])
-        shape, classes = _shape(facts["image_shape"]), _positive("classes", facts["classes"])
+        architecture = _settings(ArchitectureConfig, facts, "architecture")
+        shape, classes = _shape(facts), _positive("classes", facts.get("classes"))
         with _no_draws():
             model = ImageClassifier(shape, classes, architecture)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{path / CLASSIFIER}: not a classifier description: {error}") from None
     _fill(model, weights, "classifier", path / CLASSIFIER)
     return model.eval()
@@ -123,16 +126,16 @@ def _networks(
     source: Path, facts: dict[str, Any], weights: dict[str, Tensor]
 ) -> tuple[Generator, OwnEncoder | None]:
     try:
-        shape, config = _shape(facts["image_shape"]), NetworkConfig(**facts["network"])
+        shape, config = _shape(facts), _settings(NetworkConfig, facts, "network")
         encoder: OwnEncoder | None = None
         with _no_draws():
             generator = Generator(shape, config)
             if "encoder" in facts:
-                architecture = ArchitectureConfig(**facts["encoder"])
+                architecture = _settings(ArchitectureConfig, facts, "encoder")
                 encoder = ImageClassifier(shape, config.latent_dim, architecture).eval()
             elif any(name.startswith("encoder.") for name in weights):
                 encoder = Encoder(shape, config)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{source}: not a description of networks: {error}") from None
     _fill(generator, weights, "generator", source)
     if encoder is not None:
@@ -145,13 +148,30 @@ def _no_draws() -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[])
 
 
-def _shape(value: Any) -> tuple[int, int, int]:
+def _settings(kind: Callable[..., _Settings], facts: dict[str, Any], key: str) -> _Settings:
+    """The frozen dataclass `kind` of what the facts say at `key`; ValueError for a value of another type."""
+    values = facts.get(key)
+    if not isinstance(values, dict):
+        raise ValueError(f"{key}: expected a table of settings, got {values!r}")
+    usual = kind()
+    for name, value in values.items():
+        wanted = type(getattr(usual, name, value))
+        fits = type(value) is wanted or (wanted is float and type(value) is int)
+        if not fits:
+            raise ValueError(f"{key}.{name}: expected {_KINDS.get(wanted, wanted.__name__)}, got {value!r}")
+    return kind(**values)
+
+
+def _shape(facts: dict[str, Any]) -> tuple[int, int, int]:
+    value = facts.get("image_shape")
+    if not isinstance(value, list) or len(value) != 3:
+        raise ValueError(f"image_shape: expected three whole numbers, got {value!r}")
     c, h, w = (_positive("image_shape", side) for side in value)
     return c, h, w
 
 
 def _positive(name: str, value: Any) -> int:
-    if not isinstance(value, int) or value < 1:
+    if type(value) is not int or value < 1:
         raise ValueError(f"{name}: expected whole numbers above 0, got {value!r}")
     return value
 
@@ -188,7 +208,7 @@ def _load(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     source, weights = folder / name, (folder / name).with_suffix(".safetensors")
     try:
         facts = json.loads(source.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{source}: cannot be read: {error}") from None
     if not isinstance(facts, dict) or facts.get("version") != VERSION:
         raise ArtifactError(f"{source}: expected version {VERSION} of the format")
@@ -200,10 +220,16 @@ def _load(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _fill(module: nn.Module, weights: dict[str, Tensor], prefix: str, source: Path) -> None:
     own = {key.removeprefix(prefix + "."): v for key, v in weights.items() if key.startswith(prefix + ".")}
+    file = source.with_suffix(".safetensors")
     try:
         module.load_state_dict(own)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ArtifactError(f"{source.with_suffix('.safetensors')}: weights do not fit: {reason}") from None
-    if not all(torch.isfinite(v).all() for v in own.values() if v.is_floating_point()):
-        raise ArtifactError(f"{source.with_suffix('.safetensors')}: weights are not finite")
+        raise ArtifactError(f"{file}: weights do not fit: {' '.join(str(error).split())}") from None
+    for key, value in module.state_dict().items():
+        if value.is_floating_point() != own[key].is_floating_point():
+            raise ArtifactError(f"{file}: {prefix}.{key}: expected {value.dtype}, got {own[key].dtype}")
+        # As they are loaded: what float64 can say may be infinite here.
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ArtifactError(f"{file}: weights are not finite: {prefix}.{key}")
+    if isinstance(module, ImageClassifier) and not (module.std > 0).all():
+        raise ArtifactError(f"{file}: {prefix}.std: expected above 0")

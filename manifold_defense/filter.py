@@ -117,7 +117,7 @@ class ManifoldFilter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x + strength (G(z*) − x), for one image (C, H, W) or a batch (N, C, H, W), float in [0, 1]."""
-        if x.dim() == 3:
+        if isinstance(x, Tensor) and x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         return self.blend(x, self.drawing(x))
 
@@ -128,9 +128,9 @@ class ManifoldFilter(nn.Module):
 
     def drawing(self, x: Tensor) -> Tensor:
         """G(z*) for images (N, C, H, W), differentiable as the view says."""
+        self._check(x)
         if not (torch.is_grad_enabled() and x.requires_grad):
             return self.project(x).image
-        self._check(x)
         if self.view == "exact":
             return project_exactly(self.generator, x, self.config, **self._aids(x))  # type: ignore[arg-type]
         found = self.project(x)
@@ -191,8 +191,8 @@ class DefendedClassifier(nn.Module):
 
     def __init__(self, filter: ManifoldFilter, classifier: nn.Module, share: float = 1.0) -> None:
         super().__init__()
-        if not 0 < share <= 1:
-            raise ValueError(f"share: expected in (0, 1], got {share}")
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise ValueError(f"share: expected a number in (0, 1], got {share!r}")
         self.filter = filter
         self.classifier = classifier
         self.share = share

@@ -65,8 +65,8 @@ class Threat:
     def __post_init__(self) -> None:
         if self.norm not in get_args(Norm):
             raise ValueError(f"norm: expected one of {', '.join(get_args(Norm))}, got {self.norm!r}")
-        if not 0 < self.eps < float("inf"):
-            raise ValueError(f"eps: expected above 0 and finite, got {self.eps}")
+        if not 0 < self.eps <= 1e6:
+            raise ValueError(f"eps: expected above 0 and at most a million, got {self.eps}")
         if self.norm in ("l0", "patch", "corruption") and self.eps != int(self.eps):
             raise ValueError(f"eps of {self.norm}: expected a whole number, got {self.eps}")
         if self.norm == "corruption" and self.eps > 5:

@@ -318,12 +318,14 @@ def evaluate_command(
         raise click.UsageError(
             "--filter goes in front of a classifier of your own: give --classifier as well"
         )
+    from pipelines.settings import in_quotes
+
     if data is not None:
-        settings = (f"data.name={json.dumps(data)}", *settings)
+        settings = (f"data.name={in_quotes(data)}", *settings)
     if classifier is not None:
-        # Quoted, as JSON and TOML do alike: a folder may be called 2024.
+        # In quotes: a folder may be called 2024.
         given = {"evaluate.classifier": classifier, "evaluate.filter": folder or ""}
-        settings = (*settings, *(f"{key}={json.dumps(value)}" for key, value in given.items()))
+        settings = (*settings, *(f"{key}={in_quotes(value)}" for key, value in given.items()))
         run_name = run_name or "own"
     config = _load(config_file, settings, run_name)
     _refuse_threats_of_digits(config, config_file, settings)

@@ -321,22 +321,27 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 def image_files(folder: Path) -> list[Path]:
     """Every image file below a class folder, a dangling link too: it shall be named, not overlooked.
 
-    Links to folders are followed, to each folder once. Raises NoImagesError if there is none.
+    Links to folders are followed, to each folder once, and come after what is there itself. Raises
+    NoImagesError if there is none.
     """
     files = []
     seen: set[str] = set()
-    for parent, folders, names in os.walk(folder, onerror=_unreadable_folder, followlinks=True):
-        place = os.path.realpath(parent)
-        if place in seen:
-            folders.clear()
-            continue
-        seen.add(place)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [
-            Path(parent, name)
-            for name in names
-            if Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
-        ]
+    waiting = [str(folder)]  # links come after all that is there itself
+    while waiting:
+        for parent, folders, names in os.walk(waiting.pop(0), onerror=_unreadable_folder):
+            place = os.path.realpath(parent)
+            if place in seen:
+                folders.clear()
+                continue
+            seen.add(place)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            paths = (os.path.join(parent, name) for name in folders)
+            waiting += [path for path in paths if os.path.islink(path)]
+            files += [
+                Path(parent, name)
+                for name in names
+                if Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
+            ]
     files.sort()
     if not files:
         raise NoImagesError(f"image_folder: no image file ({' '.join(sorted(EXTENSIONS))}) in {folder}")

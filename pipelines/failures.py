@@ -33,10 +33,20 @@ def reported(interrupted: str = "interrupted") -> Iterator[None]:
     except OSError as error:
         fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 1)
     except Exception as error:
+        if _out_of_memory(error):
+            fail("out of memory: expected smaller batches (batch_size, projection.chunk) or networks", 1)
         code = _exit_code(error)
         if code is None:
             raise
         fail(str(error) or interrupted, code)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    import torch
+
+    # Of a CPU's memory PyTorch says so in words alone.
+    told = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return told or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def _exit_code(error: Exception) -> int | None:

@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,16 @@ def load_own(source: str, data: Dataset, device: torch.device, option: str = "--
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found = getattr(importlib.import_module(path), name)
+        with chdir("."):  # where it leads is its own affair
+            found = getattr(importlib.import_module(path), name)
     except (Exception, SystemExit) as error:
         where = " (also looked for in this folder)" if isinstance(error, ModuleNotFoundError) else ""
         raise refused(f"{_blamed(error)}{where}") from None
     if not callable(found):
         raise refused(f"expected a function or a torch.nn.Module, got {type(found).__name__}")
     try:
-        model = found if isinstance(found, nn.Module) else found()
+        with chdir("."):
+            model = found if isinstance(found, nn.Module) else found()
     except (Exception, SystemExit) as error:
         raise refused(f"cannot be made: {_blamed(error)}") from None
     if not isinstance(model, nn.Module):
@@ -72,8 +74,8 @@ def load_own(source: str, data: Dataset, device: torch.device, option: str = "--
             raise refused(
                 f"expected logits (N, {classes}), a column a class; of {len(given[0])} images it gave {got}"
             )
-        if not logits.is_floating_point():
-            raise refused(f"expected finite float logits, got {logits.dtype}")
+        if not logits.is_floating_point() or logits.layout != torch.strided:
+            raise refused(f"expected finite float logits, got {logits.dtype} of layout {logits.layout}")
 
     if isinstance(model, torch.jit.ScriptModule):  # which takes no hook
         model = nn.Sequential(model)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import tomllib
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -146,8 +147,8 @@ def _validate(values: dict[str, Any], source: str) -> Config:
     except ValidationError as error:
         # All problems of a file at once would be several lines; the first one is where to begin.
         raise ConfigError(f"{source}: {_explain(error.errors()[0])}") from None
-    for key, kind in _truths(values, config):
-        raise ConfigError(f"{source}: {key}: expected {kind}, got a truth value")
+    for key, kind, got in _truths(values, config):
+        raise ConfigError(f"{source}: {key}: expected {kind}, got {got}")
     return config
 
 
@@ -167,10 +168,13 @@ def _filled(values: dict[str, Any], default: Any) -> dict[str, Any]:
     return filled
 
 
-def _truths(given: Any, read: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Where true or false stands for a number, and what kind of one is expected: they are no 1 and 0."""
-    if isinstance(given, bool) and not isinstance(read, bool):
-        yield key, type(read).__name__
+def _truths(given: Any, read: Any, key: str = "") -> Iterator[tuple[str, str, str]]:
+    """Where true or false stands for a number, or a number for them, and what kind of value is expected."""
+    if isinstance(given, bool | int | float) and isinstance(given, bool) != isinstance(read, bool):
+        if isinstance(read, bool):
+            yield key, "true or false", repr(given)
+        else:
+            yield key, type(read).__name__, "a truth value"
     elif isinstance(given, dict) and dataclasses.is_dataclass(read):
         for name, value in given.items():
             yield from _truths(value, getattr(read, name), f"{key}.{name}".lstrip("."))
@@ -237,5 +241,9 @@ def _toml_value(value: Any) -> str:
         return repr(value)
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml_value(entry) for entry in value) + "]"
-    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{text}"'
+    return in_quotes(str(value))
+
+
+def in_quotes(text: str) -> str:
+    """Text as a value of TOML, which is escaped as in JSON, but for DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -158,8 +158,17 @@ class StageFolder:
         return _read(self.part / FACTS) or _read(self.done / FACTS)
 
     def begun(self) -> dict[str, Any] | None:
-        """What `plan.json` of unfinished work says; None if there is none."""
-        return _read(self.part / PLAN) if self.settled else None
+        """What `plan.json` of unfinished work says; None if there is none, or nothing came of it yet."""
+        return self._plan() if self.settled and self._has_something else None
+
+    def _plan(self) -> dict[str, Any]:
+        return _read(self.part / PLAN) or {}
+
+    @property
+    def _has_something(self) -> bool:
+        """Whether the work folder holds more than a plan and an empty board."""
+        found = (path for path in self.part.rglob("*") if path.is_file())
+        return any(path != self.part / PLAN and path.parent.name != "events" for path in found)
 
     def fits(self, plan: Plan, facts: Mapping[str, Any] | None) -> bool:
         """Whether what these facts tell of, finished or begun, is what the plan would make now."""
@@ -217,16 +226,16 @@ class StageFolder:
 
     def spent(self, seconds: float) -> float:
         """Add `seconds` to what unfinished work has cost so far, and return the sum."""
-        begun = self.begun() or {}
-        total = float(begun.get("seconds", 0.0)) + seconds
-        write_json(self.part / PLAN, {**begun, "seconds": total})
+        plan = self._plan()
+        total = float(plan.get("seconds", 0.0)) + seconds
+        write_json(self.part / PLAN, {**plan, "seconds": total})
         return total
 
     def commit(
         self, plan: Plan, metrics: Mapping[str, Any], seconds: float, fabric: Mapping[str, Any]
     ) -> None:
         """Turn the work folder into the finished stage, in one rename."""
-        made_of = (self.begun() or {}).get("made_of", {})
+        made_of = self._plan().get("made_of", {})
         facts = {
             **dataclasses.asdict(plan),
             "fingerprint": plan.fingerprint,

@@ -375,6 +375,16 @@ def test_linked_folders_are_followed_each_once(rgb: ManifoldFilter, tmp_path: Pa
     assert contents(tmp_path / "out") == ["a.png", "errors.csv", "linked/b.png"]
 
 
+def test_a_folder_counts_before_links_to_it(rgb: ManifoldFilter, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    save(source / "z" / "deep" / "b.png")
+    (source / "a").symlink_to(source / "z", target_is_directory=True)
+    (source / "m").mkdir()
+    (source / "m" / "link").symlink_to(source / "z" / "deep", target_is_directory=True)
+    purify(rgb, source, tmp_path / "out")
+    assert contents(tmp_path / "out") == ["errors.csv", "z/deep/b.png"]
+
+
 @pytest.mark.parametrize("target", ["in", "in/out", "in/../in/sub", "link/out", "."])
 def test_input_and_output_folder_lie_apart(rgb: ManifoldFilter, tmp_path: Path, target: str) -> None:
     source = save_tree(tmp_path / "in")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from manifold_defense.attacks.contract import attack
 from manifold_defense.attacks.norms import column, geometry
 from manifold_defense.attacks.objective import (
     Objective,
@@ -28,6 +29,7 @@ _MOMENTUM, _RAISED = 0.9, 0.75
 _BOX = (0.0, 1.0)
 
 
+@attack
 def apgd(
     model: Classifier,
     x: Tensor,
@@ -50,8 +52,8 @@ def apgd(
     likely at x, on the targeted ratio of logits instead of `loss` (APGD-T). Returns, of all iterates
     and the clean image, the one with the highest margin; otherwise as `pgd`.
     """
-    if not eps >= 0 or steps < 1 or restarts < 1:
-        raise ValueError(f"expected eps ≥ 0, steps ≥ 1, restarts ≥ 1, got {eps}, {steps}, {restarts}")
+    if steps < 1 or restarts < 1:
+        raise ValueError(f"expected steps ≥ 1, restarts ≥ 1, got {steps}, {restarts}")
     if target_classes and targeted:
         raise ValueError("target_classes: expected 0 for an attack that is targeted already")
     shape = geometry(norm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from manifold_defense.attacks.ascent import Climb, ascend_in_ball
+from manifold_defense.attacks.contract import attack
 from manifold_defense.attacks.square import square
 from manifold_defense.attacks.window import window_pgd
 from manifold_defense.types import Classifier, Norm
@@ -12,6 +13,7 @@ from manifold_defense.types import Classifier, Norm
 _LONGEST = 0.3  # the first step, of eps: as in `window_pgd`
 
 
+@attack
 def square_pgd(
     model: Classifier,
     x: Tensor,
@@ -41,6 +43,7 @@ def square_pgd(
     return ascend_in_ball(model, x, y, found.__getitem__, climb, norm=norm, eps=eps, longest=_LONGEST * eps)
 
 
+@attack
 def transfer_pgd(
     model: Classifier,
     x: Tensor,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from manifold_defense.attacks.contract import attack
 from manifold_defense.attacks.jpeg import compress
 from manifold_defense.attacks.objective import clearly, margins
 from manifold_defense.attacks.resampling import blur, pixel_places, rotate, translate, warp
@@ -125,6 +126,7 @@ _TRIES = {"shift": len(_DIRECTIONS), "rotation": 2}
 
 
 @torch.no_grad()
+@attack
 def corruption(
     model: Classifier,
     x: Tensor,

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from manifold_defense.attacks.contract import attack
 from manifold_defense.attacks.norms import geometry
 from manifold_defense.attacks.objective import fooled, input_gradient, margins
 from manifold_defense.modes import evaluation_mode
@@ -15,6 +16,7 @@ from manifold_defense.types import Classifier, Norm
 _OFFSET = 1e-2
 
 
+@attack
 def cw(
     model: Classifier,
     x: Tensor,

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from manifold_defense.attacks.contract import attack
 from manifold_defense.attacks.minimum_norm import Nearest, refine, smooth_gradient
 from manifold_defense.attacks.norms import free, geometry
 from manifold_defense.modes import evaluation_mode
@@ -16,6 +17,7 @@ from manifold_defense.types import Classifier, Norm
 _REFINED = 0.3
 
 
+@attack
 def ddn(
     model: Classifier,
     x: Tensor,
@@ -46,10 +48,10 @@ def ddn(
     """
     if norm != "l2":
         raise ValueError(f"ddn: expected norm l2, got {norm!r}")
-    if not eps >= 0 or steps < 1 or not 0 < gamma < 1 or not initial_size > 0:
+    if steps < 1 or not 0 < gamma < 1 or not initial_size > 0:
         raise ValueError(
-            "expected eps ≥ 0, steps ≥ 1, gamma between 0 and 1, initial_size > 0, "
-            f"got {eps}, {steps}, {gamma}, {initial_size}"
+            "expected steps ≥ 1, gamma between 0 and 1, initial_size > 0, "
+            f"got {steps}, {gamma}, {initial_size}"
         )
     shape = geometry("l2")
     x = x.detach()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from manifold_defense.attacks.contract import attack
 from manifold_defense.attacks.halfspace import nearest_in_halfspace
 from manifold_defense.attacks.minimum_norm import Nearest, clearance
 from manifold_defense.attacks.norms import sizes
@@ -13,6 +14,7 @@ from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
 
+@attack
 def deepfool(
     model: Classifier,
     x: Tensor,
@@ -42,10 +44,10 @@ def deepfool(
     """
     if norm not in ("l2", "linf"):
         raise ValueError(f"norm: expected one of l2, linf, got {norm!r}")
-    if not eps >= 0 or steps < 1 or not overshoot >= 0 or candidates < 1 or halvings < 0:
+    if steps < 1 or not overshoot >= 0 or candidates < 1 or halvings < 0:
         raise ValueError(
-            "expected eps ≥ 0, steps ≥ 1, overshoot ≥ 0, candidates ≥ 1, halvings ≥ 0, "
-            f"got {eps}, {steps}, {overshoot}, {candidates}, {halvings}"
+            "expected steps ≥ 1, overshoot ≥ 0, candidates ≥ 1, halvings ≥ 0, "
+            f"got {steps}, {overshoot}, {candidates}, {halvings}"
         )
     x = x.detach()
     with evaluation_mode(model):

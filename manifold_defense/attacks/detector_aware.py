@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from manifold_defense.attacks.contract import attack
 from manifold_defense.attacks.lagrange import raised, unit
 from manifold_defense.attacks.norms import column, geometry
 from manifold_defense.attacks.objective import (
@@ -30,6 +31,7 @@ _BOX = (0.0, 1.0)
 _ASCENT, _AUGMENTED = 1.0, 5.0
 
 
+@attack
 def detector_aware(
     model: Classifier,
     x: Tensor,
@@ -64,8 +66,8 @@ def detector_aware(
     orthogonal  the same, each less its part along the other, so that no step undoes the last
     """
     shape = geometry(norm)
-    if not eps >= 0 or steps < 1 or restarts < 1:
-        raise ValueError(f"expected eps ≥ 0, steps ≥ 1, restarts ≥ 1, got {eps}, {steps}, {restarts}")
+    if steps < 1 or restarts < 1:
+        raise ValueError(f"expected steps ≥ 1, restarts ≥ 1, got {steps}, {restarts}")
     if tries < 1:
         raise ValueError(f"tries: expected at least 1, got {tries}")
     if method not in get_args(Method):

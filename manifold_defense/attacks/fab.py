@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from manifold_defense.attacks.contract import attack
 from manifold_defense.attacks.halfspace import nearest_in_halfspace
 from manifold_defense.attacks.minimum_norm import Nearest, clearance, refine
 from manifold_defense.attacks.norms import column, geometry, sizes
@@ -21,6 +22,7 @@ _BEYOND, _BACK, _WEIGHT = 1.05, 0.9, 0.1
 _REFINED = 0.3
 
 
+@attack
 def fab(
     model: Classifier,
     x: Tensor,
@@ -52,8 +54,8 @@ def fab(
     `stop_early` an image leaves the batch as soon as one is found within.
     """
     shape = geometry(norm)
-    if not eps >= 0 or steps < 1 or restarts < 1:
-        raise ValueError(f"expected eps ≥ 0, steps ≥ 1, restarts ≥ 1, got {eps}, {steps}, {restarts}")
+    if steps < 1 or restarts < 1:
+        raise ValueError(f"expected steps ≥ 1, restarts ≥ 1, got {steps}, {restarts}")
     if target_classes and targeted:
         raise ValueError("target_classes: expected 0 for an attack that is targeted already")
     rng = torch.Generator().manual_seed(seed)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from manifold_defense.attacks.contract import attack
 from manifold_defense.attacks.norms import geometry
 from manifold_defense.attacks.objective import clearly, input_gradient, margins
 from manifold_defense.modes import evaluation_mode
@@ -15,6 +16,7 @@ from manifold_defense.types import Classifier, Norm
 _BOX = (0.0, 1.0)
 
 
+@attack
 def feature_matching(
     model: Classifier,
     x: Tensor,
@@ -42,8 +44,8 @@ def feature_matching(
     it was. Of all iterates that with the highest margin of `model` is kept. Steps as in `pgd`.
     """
     shape = geometry(norm)
-    if not eps >= 0 or steps < 1 or restarts < 1:
-        raise ValueError(f"expected eps ≥ 0, steps ≥ 1, restarts ≥ 1, got {eps}, {steps}, {restarts}")
+    if steps < 1 or restarts < 1:
+        raise ValueError(f"expected steps ≥ 1, restarts ≥ 1, got {steps}, {restarts}")
     step_size = eps if step_size is None else step_size
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()

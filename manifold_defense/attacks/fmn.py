@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from manifold_defense.attacks.contract import attack
 from manifold_defense.attacks.halfspace import NORMS, nearest_in_halfspace
 from manifold_defense.attacks.minimum_norm import Nearest, refine, smooth_gradient
 from manifold_defense.attacks.norms import free, geometry, sizes
@@ -18,6 +19,7 @@ from manifold_defense.types import Classifier, Norm
 _REFINED = 0.3
 
 
+@attack
 def fmn(
     model: Classifier,
     x: Tensor,
@@ -47,8 +49,8 @@ def fmn(
     """
     if norm not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
-    if not eps >= 0 or steps < 1 or not step_size > 0:
-        raise ValueError(f"expected eps ≥ 0, steps ≥ 1, step_size > 0, got {eps}, {steps}, {step_size}")
+    if steps < 1 or not step_size > 0:
+        raise ValueError(f"expected steps ≥ 1, step_size > 0, got {steps}, {step_size}")
     if not 0 < gamma[1] <= gamma[0] < 1:
         raise ValueError(f"gamma: expected two shares that fall, between 0 and 1, got {gamma}")
     x = x.detach()

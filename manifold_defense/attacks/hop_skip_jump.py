@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from manifold_defense.attacks.contract import attack
 from manifold_defense.attacks.norms import geometry
 from manifold_defense.attacks.objective import fooled
 from manifold_defense.modes import evaluation_mode
@@ -24,6 +25,7 @@ Oracle = Callable[[Tensor, Tensor], Tensor]
 
 
 @torch.no_grad()
+@attack
 def hop_skip_jump(
     model: Classifier,
     x: Tensor,
@@ -51,8 +53,6 @@ def hop_skip_jump(
     """
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm: expected one of linf, l2, got {norm!r}")
-    if not eps >= 0:
-        raise ValueError(f"eps: expected at least 0, got {eps}")
     if queries < 1 or draws < 1 or restarts < 1:
         raise ValueError(f"expected queries, draws, restarts ≥ 1, got {queries}, {draws}, {restarts}")
     size = geometry(norm).size

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from manifold_defense.attacks.contract import attack
 from manifold_defense.attacks.minimum_norm import Nearest
 from manifold_defense.attacks.objective import input_gradient
 from manifold_defense.modes import evaluation_mode
@@ -16,6 +17,7 @@ from manifold_defense.types import Classifier, Norm
 _PAIRED = 128
 
 
+@attack
 def jsma(
     model: Classifier,
     x: Tensor,
@@ -45,8 +47,8 @@ def jsma(
         raise ValueError(f"jsma: expected norm l0, got {norm!r}")
     pixels = x.shape[2:].numel()
     eps = max(1.0, math.floor(0.1 * pixels)) if eps is None else eps
-    if not eps >= 0 or not 0 < theta <= 1:
-        raise ValueError(f"expected eps ≥ 0 and theta in (0, 1], got {eps}, {theta}")
+    if not 0 < theta <= 1:
+        raise ValueError(f"theta: expected in (0, 1], got {theta}")
     x = x.detach()
     budget = int(min(eps, pixels))
 

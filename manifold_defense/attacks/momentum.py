@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from manifold_defense.attacks.contract import attack
 from manifold_defense.attacks.norms import Bounds, column, free, geometry
 from manifold_defense.attacks.objective import clearly, logits_and_gradient, margins
 from manifold_defense.modes import evaluation_mode
@@ -16,6 +17,7 @@ _SHRUNK = 0.9
 _BOX: Bounds = (0.0, 1.0)
 
 
+@attack
 def mi_fgsm(
     model: Classifier,
     x: Tensor,
@@ -39,8 +41,8 @@ def mi_fgsm(
     Xie et al. 2019). Returns, of all iterates and the clean image, the one with the highest margin.
     """
     shape = geometry(norm)
-    if not eps >= 0 or steps < 1:
-        raise ValueError(f"expected eps ≥ 0 and steps ≥ 1, got {eps} and {steps}")
+    if steps < 1:
+        raise ValueError(f"expected steps ≥ 1, got {steps}")
     if not 0 <= diversity <= 1:
         raise ValueError(f"diversity: expected in [0, 1], got {diversity}")
     step_size = eps / steps if step_size is None else step_size

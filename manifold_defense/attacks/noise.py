@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from manifold_defense.attacks.contract import attack
 from manifold_defense.attacks.norms import geometry
 from manifold_defense.attacks.objective import margins
 from manifold_defense.modes import evaluation_mode
@@ -12,6 +13,7 @@ from manifold_defense.types import Classifier, Norm
 
 
 @torch.no_grad()
+@attack
 def noise(
     model: Classifier,
     x: Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from manifold_defense.attacks.contract import attack
 from manifold_defense.attacks.lagrange import unit
 from manifold_defense.attacks.norms import column, geometry
 from manifold_defense.attacks.objective import clearly, fooled, logits_and_gradient, margins
@@ -24,6 +25,7 @@ _BOX = (0.0, 1.0)
 _ROUNDING = 1e-5
 
 
+@attack
 def range_attack(
     model: Classifier,
     x: Tensor,
@@ -53,8 +55,8 @@ def range_attack(
     whether it is fooled. Returned is the highest margin found, the clean image where nothing fools.
     """
     shape = geometry(norm)
-    if not eps >= 0 or steps < 1 or restarts < 1:
-        raise ValueError(f"expected eps ≥ 0, steps ≥ 1, restarts ≥ 1, got {eps}, {steps}, {restarts}")
+    if steps < 1 or restarts < 1:
+        raise ValueError(f"expected steps ≥ 1, restarts ≥ 1, got {steps}, {restarts}")
     if z is not None and z.shape != (len(x), generator.latent_dim):
         raise ValueError(f"z: expected shape ({len(x)}, {generator.latent_dim}), got {tuple(z.shape)}")
     guide = model if surrogate is None else surrogate

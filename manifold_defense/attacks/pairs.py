@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from manifold_defense.attacks.contract import attack
 from manifold_defense.attacks.lagrange import raised, unit
 from manifold_defense.attacks.norms import column, geometry
 from manifold_defense.attacks.objective import logits_and_gradient, margins
@@ -104,6 +105,7 @@ def overpowered_pairs(
         return _judged(model, generator, best, label)
 
 
+@attack
 def pair_break(
     model: Classifier,
     x: Tensor,

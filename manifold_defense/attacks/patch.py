@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from manifold_defense.attacks.contract import attack
 from manifold_defense.attacks.objective import clearly, logits_and_gradient, margins
 from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
 
+@attack
 def patch(
     model: Classifier,
     x: Tensor,

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from manifold_defense.attacks.ascent import Climb, ascend_in_ball
+from manifold_defense.attacks.contract import attack
 from manifold_defense.attacks.norms import geometry
 from manifold_defense.attacks.objective import logits_and_gradient
 from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
 
+@attack
 def pgd(
     model: Classifier,
     x: Tensor,
@@ -40,8 +42,6 @@ def pgd(
     transfer attack needs.
     """
     shape = geometry(norm)
-    if not eps >= 0:
-        raise ValueError(f"expected eps ≥ 0, got {eps}")
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()
 
@@ -62,6 +62,7 @@ def pgd(
     )
 
 
+@attack
 def fgsm(
     model: Classifier,
     x: Tensor,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from manifold_defense.attacks.ascent import Climb, ascend
+from manifold_defense.attacks.contract import attack
 from manifold_defense.attacks.random_search import Draw, random_search
 from manifold_defense.attacks.window import best_drawn, pieces_for
 from manifold_defense.types import Classifier, Norm
@@ -20,6 +21,7 @@ _DIVIDED = ((0, 2), (50, 4), (200, 5), (500, 6), (1000, 8), (2000, 10), (4000, 1
 _EXCHANGED = 0.3  # of the pixels of `stroke_search`, in the first step up a gradient
 
 
+@attack
 def pgd_l0(
     model: Classifier,
     x: Tensor,
@@ -61,6 +63,7 @@ def pgd_l0(
     return ascend(model, x, y, start, move, Climb(steps, restarts, loss, targeted, stop_early))
 
 
+@attack
 def sparse_rs(
     model: Classifier,
     x: Tensor,
@@ -105,6 +108,7 @@ def sparse_rs(
     )
 
 
+@attack
 def stroke_search(
     model: Classifier,
     x: Tensor,

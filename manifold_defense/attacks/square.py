@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from manifold_defense.attacks.contract import attack
 from manifold_defense.attacks.norms import geometry
 from manifold_defense.attacks.random_search import Draw, Propose, Start, random_search
 from manifold_defense.types import Classifier, Norm
@@ -16,6 +17,7 @@ _HALVED_AT = (10, 50, 200, 1000, 2000, 4000, 6000, 8000)
 _TILES = 5  # of the first perturbation in L2, along each side
 
 
+@attack
 def square(
     model: Classifier,
     x: Tensor,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from manifold_defense.attacks.ascent import Climb, ascend_in_ball
+from manifold_defense.attacks.contract import attack
 from manifold_defense.attacks.norms import column, geometry
 from manifold_defense.attacks.objective import margins
 from manifold_defense.types import Classifier, Norm
@@ -22,6 +23,7 @@ Drawing = Callable[[Tensor, torch.Generator], Tensor]
 _WINDOW, _PIECE = 0.3, 0.6
 
 
+@attack
 def window_pgd(
     model: Classifier,
     x: Tensor,
@@ -52,8 +54,6 @@ def window_pgd(
     passes and `steps` gradients. Returns the image of the highest margin found, the clean one included.
     """
     shape = geometry(norm)
-    if not eps >= 0:
-        raise ValueError(f"expected eps ≥ 0, got {eps}")
     if tries < 1:
         raise ValueError(f"expected tries ≥ 1, got {tries}")
     rng = torch.Generator().manual_seed(seed)

@@ -247,8 +247,8 @@ def _ask(defence: Defence, x: Tensor, y: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise ModelError(f"{expected} {type(logits).__name__}")
     fits = logits.dim() == 2 and len(logits) == len(given) and logits.shape[1] > 1
-    if not fits or not logits.is_floating_point():
-        raise ModelError(f"{expected} {logits.dtype} of shape {tuple(logits.shape)}")
+    if not fits or not logits.is_floating_point() or logits.layout != torch.strided:
+        raise ModelError(f"{expected} {logits.dtype} of shape {tuple(logits.shape)}, {logits.layout}")
     if not logits.isfinite().all():
         raise ModelError(f"{expected} some that are not finite")
     if logits.shape[1] < known:

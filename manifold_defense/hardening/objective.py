@@ -112,8 +112,10 @@ def ramped(value: float, progress: float, ramp: float) -> float:
 def check(objective: object, *, positive: tuple[str, ...] = (), shares: tuple[str, ...] = ()) -> None:
     """Raise ValueError that names the first field out of its range."""
     for name in positive:
-        if not 0 < getattr(objective, name) < float("inf"):
-            raise ValueError(f"{name}: expected above 0 and finite, got {getattr(objective, name)}")
+        if not 0 < getattr(objective, name) <= 1e6:
+            raise ValueError(
+                f"{name}: expected above 0 and at most a million, got {getattr(objective, name)}"
+            )
     for name in shares:
         if not 0 <= getattr(objective, name) <= 1:
             raise ValueError(f"{name}: expected in [0, 1], got {getattr(objective, name)}")

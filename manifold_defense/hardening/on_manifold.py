@@ -101,8 +101,8 @@ class RobustManifold(Base):
         check(
             self, positive=("steps", "weight", "pairs", "pair_eps", "pair_steps", "spread"), shares=("ramp",)
         )
-        if not 0 <= self.eps < float("inf"):
-            raise ValueError(f"eps: expected at least 0 and finite, got {self.eps}")
+        if not 0 <= self.eps <= 1e6:
+            raise ValueError(f"eps: expected at least 0 and at most a million, got {self.eps}")
 
     @property
     def threats(self) -> tuple[Threat, ...]:

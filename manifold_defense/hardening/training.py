@@ -45,10 +45,10 @@ class TrainingConfig:
         for name in ("images", "batch_size", "average_half_life"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr: expected above 0 and finite, got {self.lr}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay: expected at least 0, got {self.weight_decay}")
+        if not 0 < self.lr <= 1:
+            raise ValueError(f"lr: expected above 0 and at most 1, got {self.lr}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay: expected at least 0 and finite, got {self.weight_decay}")
 
 
 def classifier_state(fabric: Fabric, model: nn.Module, config: TrainingConfig) -> State:

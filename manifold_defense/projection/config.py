@@ -86,8 +86,10 @@ class ProjectionConfig:
             ("chunk", 0),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
+                raise ValueError(
+                    f"{name}: expected a whole number of at least {least}, below 2 to the 63, got {value!r}"
+                )
         for name in ("step_size", "radius", "prior_weight", "clip", "target_error", "tolerance"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected at least 0 and finite, got {getattr(self, name)}")

@@ -370,6 +370,8 @@ class _Unrolled(torch.autograd.Function):
 
 def check_images(x: Tensor, image_shape: tuple[int, int, int]) -> None:
     """Raise ValueError unless x is a batch of finite float images of `image_shape` in [0, 1]."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"images: expected a tensor of floats in [0, 1], got {type(x).__name__}")
     if not x.is_floating_point():
         raise ValueError(f"images: expected floats in [0, 1], got {x.dtype}; divide integers by 255")
     if x.dim() != 4 or tuple(x.shape[1:]) != tuple(image_shape):
@@ -381,4 +383,4 @@ def check_images(x: Tensor, image_shape: tuple[int, int, int]) -> None:
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise ValueError("images: expected finite values, got NaN or infinity")
     if low < 0 or high > 1:
-        raise ValueError(f"images: expected values in [0, 1], got [{float(low):.4g}, {float(high):.4g}]")
+        raise ValueError(f"images: expected values in [0, 1], got [{float(low):.7g}, {float(high):.7g}]")

@@ -174,3 +174,28 @@ def test_a_target_is_reached(name: str) -> None:
         assert (predictions == goal).float().mean() > (0.6 if name.startswith("fgsm") else 0.99)
         away = logits_of(model, ATTACKS[name](model, x, goal, **big)).argmax(1)
         assert (away == goal).float().mean() < 0.2
+
+
+@every_attack
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": lambda x: 255 * x}, r"^images: expected values in \[0, 1\], got \[.*, 2[0-9.]*\]"),
+        ({"x": lambda x: (255 * x).byte()}, "^images: expected a tensor of floats, got torch.uint8"),
+        ({"x": lambda x: x.numpy()}, "^images: expected a tensor of floats, got ndarray"),
+        ({"x": lambda x: torch.where(x > 0.5, x, torch.nan)}, "^images: expected values in"),
+        ({"y": lambda y: y.float()}, r"^labels: expected 12 of int64, got torch.float32 of shape \(12,\)"),
+        ({"y": lambda y: y[:3]}, "^labels: expected 12 of int64"),
+        ({"y": lambda y: y - 3}, "^labels: expected at least 0, got -"),
+        ({"eps": -1.0}, "^eps: expected at least 0, got -1.0"),
+        ({"eps": float("nan")}, "^eps: expected at least 0, got nan"),
+    ],
+)
+def test_what_would_make_nonsense_of_an_attack_is_refused(
+    name: str, change: dict[str, Any], words: str
+) -> None:
+    """Images of another scale, above all: within an eps of [0, 1] all of them would pass for robust."""
+    model, x, y = problem(3)
+    x, y = change.get("x", lambda x: x)(x), change.get("y", lambda y: y)(y)
+    with pytest.raises(ValueError, match=words):
+        ATTACKS[name](model, x, y, **({"eps": change["eps"]} if "eps" in change else {}))

@@ -28,8 +28,8 @@ def test_an_unknown_norm_is_refused(attack: Any) -> None:
     ("attack", "keywords", "words"),
     [
         (cw, {"norm": "linf"}, "expected norm l2"),
-        (pgd, {"eps": -0.1}, "eps ≥ 0"),
-        (pgd, {"eps": float("nan")}, "eps ≥ 0"),
+        (pgd, {"eps": -0.1}, "^eps: expected at least 0"),
+        (pgd, {"eps": float("nan")}, "^eps: expected at least 0"),
         (pgd, {"steps": 0}, "steps ≥ 1"),
         (pgd, {"restarts": 0}, "restarts ≥ 1"),
         (pgd, {"loss": "mse"}, "loss: expected ce, margin or dlr"),

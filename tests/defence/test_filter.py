@@ -112,9 +112,16 @@ def test_the_gradient_of_one_that_is_asked_twice_has_both_ways(networks: Any, cl
     assert (alive.abs().amax(1) > 0).all()
 
 
-@pytest.mark.parametrize("share", [0.0, 1.5, -0.1, float("nan")])
-def test_a_share_that_is_none_is_refused(filter: ManifoldFilter, classifier: nn.Module, share: float) -> None:
-    with pytest.raises(ValueError, match=r"share: expected in \(0, 1\], got"):
+@pytest.mark.parametrize("given", [None, [[0.5]], images(2).numpy()])
+@pytest.mark.parametrize("call", ["__call__", "project"])
+def test_what_is_no_tensor_is_no_image(filter: ManifoldFilter, given: Any, call: str) -> None:
+    with pytest.raises(ValueError, match=rf"^images: expected a tensor .* got {type(given).__name__}"):
+        getattr(filter, call)(given)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, -0.1, float("nan"), True, "half"])
+def test_a_share_that_is_none_is_refused(filter: ManifoldFilter, classifier: nn.Module, share: Any) -> None:
+    with pytest.raises(ValueError, match=r"share: expected a number in \(0, 1\], got"):
         DefendedClassifier(filter, classifier, share)
 
 

@@ -41,8 +41,8 @@ FOOLED = -40.0  # a bias that leaves every image misclassified: then the attack 
 @pytest.mark.parametrize(
     ("keywords", "words"),
     [
-        ({"eps": -0.1}, "eps ≥ 0"),
-        ({"eps": math.nan}, "eps ≥ 0"),
+        ({"eps": -0.1}, "^eps: expected at least 0"),
+        ({"eps": math.nan}, "^eps: expected at least 0"),
         ({"steps": 0}, "steps ≥ 1"),
         ({"restarts": 0}, "restarts ≥ 1"),
         ({"norm": "l3"}, r"^norm: expected one of linf, l2.*, got 'l3'"),

@@ -347,6 +347,7 @@ def changed(value: float) -> Tensor:
         (changed(torch.nan), ["expected finite values", "NaN"]),
         (changed(torch.inf), ["expected finite values", "infinity"]),
         (changed(-torch.inf), ["expected finite values", "infinity"]),
+        (changed(1.0001), ["expected values in [0, 1]", "1.0001]"]),
         (changed(1.01), ["expected values in [0, 1]", "1.01"]),
         (changed(255.0), ["expected values in [0, 1]", "255"]),
         (changed(-0.01), ["expected values in [0, 1]", "-0.01"]),

@@ -7,7 +7,7 @@ import pytest
 
 from pipelines.config import Config
 from pipelines.data import DATASETS
-from pipelines.settings import ConfigError, known_keys, load_config, to_toml
+from pipelines.settings import ConfigError, in_quotes, known_keys, load_config, to_toml
 from pipelines.stages import STAGES, in_order
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
@@ -19,6 +19,15 @@ def test_the_printed_configuration_reads_back_the_same(tmp_path):
         file = tmp_path / "config.toml"
         file.write_text(to_toml(config), encoding="utf-8")
         assert load_config(file) == config
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "tab\tnul\0", "\x7f\x1f", 'quotes " and \\', "ä 漢 😀"])
+def test_any_text_is_printed_so_that_it_reads_back(tmp_path, text):
+    file = tmp_path / "printed.toml"
+    config = load_config(None, [f"filter={in_quotes(text)}"])
+    assert config.filter == text
+    file.write_text(to_toml(config), encoding="utf-8", newline="")
+    assert load_config(file) == config
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -52,9 +61,16 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
         ("gan.images=0", "images: expected at least 1, got 0"),
         ("gan.images=many", "gan.images"),
         ("gan.lr=nan", "lr"),
-        ("gan.lr=inf", "lr: expected above 0 and finite, got inf"),
-        ("encoder.lr=inf", "lr: expected above 0 and finite, got inf"),
-        ("harden.training.lr=inf", "lr: expected above 0 and finite, got inf"),
+        ("gan.lr=1e308", "lr: expected above 0 and at most 1, got 1e+308"),
+        ("gan.penalty_weight=inf", "penalty_weight: expected at least 0 and finite, got inf"),
+        ("harden.training.weight_decay=inf", "weight_decay: expected at least 0 and finite, got inf"),
+        ("harden.objective.eps=1e308", "eps: expected above 0 and at most a million, got 1e+308"),
+        ("evaluate.threats=[{eps=1e39}]", "eps: expected above 0 and at most a million, got 1e+39"),
+        ("projection.seed=99999999999999999999", "seed: expected a whole number of at least 0, below"),
+        ("data.flip=0", "data.flip: expected true or false, got 0"),
+        ("gan.lr=inf", "lr: expected above 0 and at most 1, got inf"),
+        ("encoder.lr=inf", "lr: expected above 0 and at most 1, got inf"),
+        ("harden.training.lr=inf", "lr: expected above 0 and at most 1, got inf"),
         ("evaluate.mixed=1", "mixed: expected in [0, 1), got 1"),
         ("evaluate.images=true", "evaluate.images: expected int, got a truth value"),
         ("seed=true", "seed: expected int, got a truth value"),
@@ -98,7 +114,7 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
         ('evaluate.attacks=[{name="cw", loss="margin"}]', "loss of cw"),
         ('evaluate.attacks=[{name="cw"}]', "no attack but noise applies to the threat linf 0.15"),
         ('evaluate.attacks=[{name="pgd"}, {name="pgd", steps=9}]', "two attacks are called pgd"),
-        ("evaluate.threats=[{eps=inf}]", "eps: expected above 0 and finite"),
+        ("evaluate.threats=[{eps=inf}]", "eps: expected above 0 and at most a million"),
         ("encoder.disturbance.kind=fgsm", "encoder.disturbance.kind"),
         ("encoder.disturbance.threats=[]", "threats: expected at least one"),
         ("encoder.disturbance={threats=[{norm='patch', eps=2}], windows=3}", "windows: expected 0, for only"),

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning_fabric import Fabric
+from PIL import Image
 from pipelines_support import FEWER, invoke, rows, settings
 from safetensors.torch import load_file
 
@@ -16,6 +17,7 @@ from manifold_defense import Threat
 from manifold_defense.evaluation import AttackConfig, Defence
 from manifold_defense.evaluation.outcome import Job, Outcome
 from pipelines.context import Context, InterruptionError
+from pipelines.failures import Failure, reported
 from pipelines.jobs import JobStore
 from pipelines.stages import STAGES
 
@@ -122,6 +124,7 @@ def test_unfinished_work_of_other_settings_is_not_thrown_away(run_folder):
     part.mkdir()
     plan = {"fingerprint": "other", "version": 1, "config": {"encoder.images": 5}, "inputs": {}}
     (part / "plan.json").write_text(json.dumps(plan))
+    (part / "state.ckpt").write_bytes(b"an hour's work")
     result = invoke("train-encoder", *settings())
     assert result.exit_code == 1
     assert "unfinished work with other settings" in result.output
@@ -195,3 +198,35 @@ def test_force_on_a_stage_makes_it_anew_even_if_begun(run_folder):
     (part / "state.ckpt").write_bytes(b"of no use")
     assert invoke("train-classifier", *settings()).exit_code == 1
     assert invoke("train-classifier", "--force", *settings()).exit_code == 0
+
+
+def test_a_stage_that_failed_before_it_had_anything_stands_in_nobodys_way(tmp_path, monkeypatch):
+    """A class of images was missing: once it is there the same command works."""
+    monkeypatch.chdir(tmp_path)
+    command = ("data.name=image_folder", "data.root=photos", "data.image_size=16", "run=photos")
+    command = ("train-classifier", *settings(*command, "classifier.training.images=64"))
+
+    def add(name):
+        for split in ("train", "test"):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for i in range(4):
+                shade = Image.new("L", (16, 16), 40 * i + len(name))
+                shade.save(tmp_path / "photos" / split / name / f"{i}.png")
+
+    add("cat")
+    failed = invoke(*command)
+    assert failed.exit_code == 1
+    assert "fewer than 2 class folders" in failed.output
+    add("horse")
+    mended = invoke(*command)
+    assert mended.exit_code == 0, mended.output
+    plan = json.loads((tmp_path / "runs" / "photos" / "train-classifier" / "stage.json").read_text())
+    assert plan["seconds"] > 0
+
+
+def test_a_lack_of_memory_is_one_line():
+    with pytest.raises(Failure, match=r"^out of memory: expected smaller batches") as caught, reported():
+        torch.empty(10**15)
+    assert caught.value.exit_code == 1
+    with pytest.raises(RuntimeError, match="another"), reported():
+        raise RuntimeError("another")

@@ -1,6 +1,7 @@
 """A user's own classifier under the evaluator, with and without a filter."""
 
 import json
+import os
 import re
 
 import pytest
@@ -73,6 +74,7 @@ exported = lambda: torch.export.export(
 ).module()
 whole = Answers(lambda x: torch.zeros(len(x), 10, dtype=torch.int64))
 nan = Answers(lambda x: x.flatten(1)[:, :10] * torch.nan)
+sparse = Answers(lambda x: x.flatten(1)[:, :10].to_sparse())
 several = Answers(lambda x: (x, x))
 bright, flat = Answers(only_black), Answers(only_without_gradient)
 greedy = Answers(lambda x: x.data.clamp_(0.2, 0.8).flatten(1)[:, :10])
@@ -260,6 +262,16 @@ def test_the_digest_of_defences_is_of_what_they_answer():
     assert digest_of([Defence.bare("0", Noted(1))], x) == found[next(m for m in found if m[0].by == 1)]
 
 
+def test_one_that_leaves_the_folder_leaves_the_results_here(tmp_path):
+    (tmp_path / "mine_wandering.py").write_text(
+        "import os\nimport mine_first\n\n\n"
+        "def classifier():\n    os.chdir('/')\n    return mine_first.classifier()\n"
+    )
+    assert run("--classifier", "mine_wandering:classifier").exit_code == 0
+    assert os.getcwd() == str(tmp_path)
+    assert (tmp_path / "runs" / "own" / "evaluate" / "stage.json").exists()
+
+
 def test_one_whose_weights_are_lazy_is_made_by_its_first_images(tmp_path):
     assert run("--classifier", "mine_first:lazy").exit_code == 0
 
@@ -289,6 +301,7 @@ def test_one_that_is_no_longer_python_is_attacked_like_the_module_that_it_was(tm
         (("--classifier", "mine_first:several"), "of 2 images it gave tuple"),
         (("--classifier", "mine_first:five"), "expected logits (N, 10), a column a class"),
         (("--classifier", "mine_first:whole"), "expected finite float logits, got torch.int64"),
+        (("--classifier", "mine_first:sparse"), "expected finite float logits, got torch.float32 of layout"),
         (("--classifier", "mine_first:nan"), "expected finite float logits, got NaN"),
         (("--classifier", "mine_first:value"), "expected a function or a torch.nn.Module, got int"),
         (("--classifier", "mine_first:absent"), "cannot be made: KeyError: 'weights'"),

@@ -1,0 +1,53 @@
+"""What every attack may ask of what it is given, asked in one place."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from manifold_defense.types import Classifier
+
+_Attack = TypeVar("_Attack", bound=Callable[..., Tensor])
+
+
+def attack(function: _Attack) -> _Attack:
+    """Around an attack `(model, x, y, *, eps, …)`: ValueError for what it would make nonsense of.
+
+    That is images x (N, …) that are not finite floats within its `bounds`, [0, 1] where it has none,
+    labels y (N,) that are not int64 from 0, and an `eps` that is no number from 0. Images of another scale
+    would pass for robust.
+    """
+    defaults = {name: given.default for name, given in inspect.signature(function).parameters.items()}
+
+    @functools.wraps(function)
+    def checked(model: Classifier, x: Tensor, y: Tensor, **settings: Any) -> Tensor:
+        given = defaults | settings
+        _check(x, y, given["eps"], given.get("bounds", (0.0, 1.0)))
+        return function(model, x, y, **settings)
+
+    return cast(_Attack, checked)
+
+
+def _check(x: Tensor, y: Tensor, eps: float, bounds: tuple[float, float]) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"images: expected a tensor of floats, got {got}")
+    if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != x.shape[:1]:
+        got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"labels: expected {len(x)} of int64, got {got}")
+    if not eps >= 0:
+        raise ValueError(f"eps: expected at least 0, got {eps}")
+    if len(x) == 0:
+        return
+    if (y < 0).any():
+        raise ValueError(f"labels: expected at least 0, got {int(y.min())}")
+    low, high = (float(end) for end in torch.aminmax(x.detach()))
+    if not bounds[0] <= low <= high <= bounds[1]:  # NaN fails, too
+        raise ValueError(
+            f"images: expected values in [{bounds[0]:g}, {bounds[1]:g}], got [{low:.7g}, {high:.7g}]"
+        )
