@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gan import Encoder, Generator, NetworkConfig
 from manifold_defense import PRESETS, ManifoldFilter, Projection
 from manifold_defense.attacks import pgd
+from manifold_defense.projection import stationarity
 from manifold_defense.projection.rounding import Rounded, has_bfloat16
 from manifold_defense.types import Generator as LatentGenerator
 
@@ -149,6 +150,7 @@ def main(
             "clean_accuracy": accuracy(model, result.image, y),
             "evaluations_per_image": float(result.steps.float().mean()),
             "attacked_unaware_accuracy": accuracy(model, candidate.project(x_adv).image, y[:attacked]),
+            "stationarity": float(stationarity(generator, x[:100], result.z[:100], PRESETS[name]).median()),
             "gemm_share": passes * flops * len(x) / medians[name] / peaks.get(precision, peaks["full"]),
         }
 

@@ -138,7 +138,7 @@ def test_targets_are_for_untargeted_attacks() -> None:
     [
         (apgd, {"steps": 0}, "steps ≥ 1"),
         (apgd, {"restarts": 0}, "restarts ≥ 1"),
-        (apgd, {"eps": -1.0}, "eps ≥ 0"),
+        (apgd, {"eps": -1.0}, "^eps: expected"),
         (apgd, {"loss": "mse"}, "loss: expected ce, margin or dlr"),
         (apgd, {"norm": "l0"}, "norm: expected one of"),
         (mi_fgsm, {"steps": 0}, "steps ≥ 1"),

@@ -128,7 +128,7 @@ def test_windows_do_not_depend_on_who_is_left() -> None:
 
 @pytest.mark.parametrize(
     ("bad", "words"),
-    [({"eps": -1.0}, "eps ≥ 0"), ({"tries": 0}, "tries ≥ 1"), ({"restarts": 0}, "restarts ≥ 1")],
+    [({"eps": -1.0}, "^eps: expected"), ({"tries": 0}, "tries ≥ 1"), ({"restarts": 0}, "restarts ≥ 1")],
 )
 def test_bad_arguments_are_refused(bad: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
