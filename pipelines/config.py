@@ -225,8 +225,10 @@ class CertifyConfig:
                 raise ValueError(f"{name}: expected at least {minimum}, got {getattr(self, name)}")
         for name in ("radii_l2", "radii_linf"):
             radii = getattr(self, name)
-            if not radii or not all(0 < radius < float("inf") for radius in radii):
-                raise ValueError(f"{name}: expected at least one radius, all above 0, got {radii}")
+            if not radii or not all(0 < radius <= 1e6 for radius in radii):
+                raise ValueError(
+                    f"{name}: expected at least one radius, all above 0 and at most a million, got {radii}"
+                )
 
 
 def _check_pieces(disturbance: Disturbance, batch_size: int, key: str) -> None:

@@ -57,12 +57,16 @@ def attack_loss(logits: Tensor, y: Tensor, loss: str, targeted: bool) -> Tensor:
 
 
 def _check(logits: Tensor, y: Tensor) -> None:
-    """Raise TypeError for what a classifier does not answer, and for what are no labels."""
+    """Raise TypeError for what a classifier does not answer or what are no labels, ValueError for others'."""
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"model: expected logits (N, K), got {got}")
     if y.dtype != torch.int64 or y.shape != logits.shape[:1]:
         raise TypeError(f"y: expected int64 labels ({len(logits)},), got {y.dtype} {tuple(y.shape)}")
+    if len(y) and int(y.max()) >= logits.shape[1]:
+        raise ValueError(
+            f"labels: expected below {logits.shape[1]}, the classes of the model, got {int(y.max())}"
+        )
 
 
 def towards(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:

@@ -35,8 +35,8 @@ class SmoothingConfig:
     batch_size: int = 1_000
 
     def __post_init__(self) -> None:
-        if not self.sigma > 0:
-            raise ValueError(f"sigma: expected above 0, got {self.sigma}")
+        if not 0 < self.sigma <= 1e6:
+            raise ValueError(f"sigma: expected above 0 and at most a million, got {self.sigma}")
         if not 0 < self.alpha < 1:
             raise ValueError(f"alpha: expected in (0, 1), got {self.alpha}")
         for name in ("selection", "draws", "batch_size"):

@@ -186,6 +186,7 @@ def test_a_target_is_reached(name: str) -> None:
         ({"x": lambda x: torch.where(x > 0.5, x, torch.nan)}, "^images: expected values in"),
         ({"y": lambda y: y.float()}, r"^labels: expected 12 of int64, got torch.float32 of shape \(12,\)"),
         ({"y": lambda y: y[:3]}, "^labels: expected 12 of int64"),
+        ({"y": lambda y: y + 3}, "^labels: expected below 3, the classes of the model, got 5"),
         ({"y": lambda y: y - 3}, "^labels: expected at least 0, got -"),
         ({"eps": -1.0}, "^eps: expected at least 0, got -1.0"),
         ({"eps": float("nan")}, "^eps: expected at least 0, got nan"),
