@@ -33,14 +33,14 @@ def attack(function: _Attack) -> _Attack:
     return cast(_Attack, checked)
 
 
-def _check(x: Tensor, y: Tensor, eps: float, bounds: tuple[float, float]) -> None:
+def _check(x: Tensor, y: Tensor, eps: float | None, bounds: tuple[float, float]) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"images: expected a tensor of floats, got {got}")
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != x.shape[:1]:
         got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"labels: expected {len(x)} of int64, got {got}")
-    if not eps >= 0:
+    if eps is not None and not eps >= 0:
         raise ValueError(f"eps: expected at least 0, got {eps}")
     if len(x) == 0:
         return

@@ -57,7 +57,7 @@ def attack_loss(logits: Tensor, y: Tensor, loss: str, targeted: bool) -> Tensor:
 
 
 def _check(logits: Tensor, y: Tensor) -> None:
-    """Raise TypeError for what a classifier does not answer or what are no labels, ValueError for others'."""
+    """Raise TypeError for what are no logits or no labels, ValueError for labels of classes beyond."""
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"model: expected logits (N, K), got {got}")
