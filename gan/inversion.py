@@ -112,10 +112,15 @@ def train_encoder(
         rng = step_rng(seed, state["step"], fabric.global_rank)
         real = batches(state["step"])
         loss_of = _Loss(encoder, generator, real, agree)
+
+        def climbed(images: Tensor, loss_of: _Loss = loss_of) -> Tensor:
+            with fabric.autocast():  # of the networks alone, not of the steps
+                return loss_of.climbed(images)
+
         disturbed = real
         if disturb is not None:
             done = state["images"] / config.images
-            disturbed = disturb(loss_of.climbed, real, state["step"], done, rng)
+            disturbed = disturb(climbed, real, state["step"], done, rng)
         with fabric.autocast():
             squared, apart = loss_of(disturbed)
             if disturb is not None and config.clean_share > 0:
@@ -151,15 +156,19 @@ class _Loss:
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Squared error summed over pixels, and disagreement, (N,) each."""
-        drawings = self._generator(self._encoder(images))
+        drawings = self._drawn(images)
         squared = self._squared(drawings)
         if self._meaning is None:
             return squared, torch.zeros_like(squared)
         return squared, self._meaning.apart(images, drawings)
 
     def climbed(self, images: Tensor) -> Tensor:
-        drawings = self._generator(self._encoder(images))
+        drawings = self._drawn(images)
         return self._squared(drawings) if self._meaning is None else self._meaning.lead(images, drawings)
+
+    def _drawn(self, images: Tensor) -> Tensor:
+        drawings: Tensor = self._generator(self._encoder(images))
+        return drawings.to(images)
 
     def _squared(self, drawings: Tensor) -> Tensor:
         return (drawings - self._real).square().flatten(1).sum(1)

@@ -34,5 +34,7 @@ class Agreement:
         return margins(self._answer(images, drawings), self._class, targeted=False)
 
     def _answer(self, images: Tensor, drawings: Tensor) -> Tensor:
-        drawn = self._classifier(drawings)
-        return drawn if self._share == 1 else both_answers(self._classifier(images), drawn, self._share)
+        drawn = self._classifier(drawings).to(images)  # the type of a loss, whatever the networks compute in
+        if self._share == 1:
+            return drawn
+        return both_answers(self._classifier(images).to(images), drawn, self._share)

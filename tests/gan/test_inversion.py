@@ -79,6 +79,31 @@ def test_the_encoder_sees_what_is_made_of_the_images_and_draws_what_they_were(fa
     assert asked == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_networks_are_climbed_in_the_precision_they_are_trained_in(precision: Any) -> None:
+    """The steps are taken in full, and so are the errors: which is larger may be a matter of digits."""
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+    generator, encoder = networks()
+    asked: list[bool] = []
+    encoder.register_forward_pre_hook(lambda *_: asked.append(torch.is_autocast_enabled("cpu")))
+
+    def stepped(errors: Any, x: Tensor, *rest: Any) -> Tensor:
+        assert not torch.is_autocast_enabled("cpu")
+        with torch.enable_grad():
+            at = x.clone().requires_grad_(True)
+            found = errors(at)
+            (gradient,) = torch.autograd.grad(found.sum(), at)
+        assert found.dtype == gradient.dtype == torch.float32
+        return (x + 0.1 * gradient.sign()).clamp(0, 1)
+
+    config = EncoderConfig(images=32, batch_size=16)
+    state, images = encoder_state(fabric, encoder, config), drawn_by(generator, 16)
+    for record in train_encoder(fabric, state, generator, lambda step: images, config, 0, disturb=stepped):
+        assert record.metrics["reconstruction_error"].dtype == torch.float32
+    assert len(asked) == 2 * 3
+    assert set(asked) == {precision != "32-true"}
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_the_clean_images_have_their_share_of_the_loss(fabric: Fabric, share: float) -> None:
     generator, encoder = networks()
