@@ -46,7 +46,7 @@ def test_what_is_no_answer_and_what_are_no_labels_is_named(attack: Any) -> None:
     x, model = images(), network(3)
     with pytest.raises(TypeError, match=r"^model: expected logits \(N, K\), got tuple"):
         attack(lambda x: (model(x), x), x, torch.zeros(12, dtype=torch.long))
-    with pytest.raises(TypeError, match=r"^y: expected int64 labels \(12,\), got torch\.int32 \(12,\)"):
+    with pytest.raises(ValueError, match=r"^labels: expected 12 of int64, got torch\.int32 of shape \(12,\)"):
         attack(model, x, torch.zeros(12, dtype=torch.int32))
 
 

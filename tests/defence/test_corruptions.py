@@ -351,7 +351,7 @@ def test_a_fooled_image_leaves_the_batch() -> None:
         ({"norm": "linf"}, "norm: expected one of corruption, got 'linf'"),
         ({"eps": 0.5}, "of 1 to 5"),
         ({"eps": 6}, "of 1 to 5"),
-        ({"eps": math.nan}, "of 1 to 5"),
+        ({"eps": math.nan}, "eps: expected at least 0, got nan"),
         ({"draws": 0}, "draws ≥ 1"),
         ({"names": ("snow",)}, "names: expected some of gaussian_noise"),
         ({"names": ()}, "names: expected some of gaussian_noise"),

@@ -448,7 +448,7 @@ def test_every_class_is_a_target(name: str) -> None:
         (deepfool, {"overshoot": -0.1}, "overshoot ≥ 0"),
         (deepfool, {"candidates": 0}, "candidates ≥ 1"),
         (deepfool, {"halvings": -1}, "halvings ≥ 0"),
-        (jsma, {"theta": 0.0}, "theta in"),
+        (jsma, {"theta": 0.0}, "theta: expected in"),
     ],
 )
 def test_bad_arguments_are_refused(attack: Any, keywords: dict[str, Any], words: str) -> None:
