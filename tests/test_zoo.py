@@ -13,7 +13,10 @@ from manifold_defense.certification import branching_certificates
 from manifold_defense.evaluation.baselines import Binarise, Preprocessed
 
 MNIST = Path(__file__).parents[1] / "zoo" / "mnist"
-FILTERS = ("filter", "filter-windows", "filter-fitted", "filter-trades", "filter-union", "filter-mixed")
+FILTERS = (
+    "filter",
+    *(f"filter-{kind}" for kind in ("windows", "fitted", "fitted-pgd", "trades", "union", "mixed")),
+)
 WEIGHTS = sorted(MNIST.glob("*/*.safetensors"))
 
 
@@ -67,6 +70,7 @@ def test_the_filters_have_one_generator_and_an_encoder_each() -> None:
         ("filter", "classifier-pgd", 1.0),
         ("filter", "undefended", 1.0),
         ("filter-fitted", "undefended", 1.0),
+        ("filter-fitted-pgd", "classifier-pgd", 1.0),
         ("filter-trades", "classifier", 1.0),
         ("filter-union", "undefended", 1.0),
         ("filter-union", "classifier", 1.0),
