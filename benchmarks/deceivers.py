@@ -92,6 +92,19 @@ class Remembers(nn.Module):
         return logits + sure
 
 
+class Alternates(nn.Module):
+    """Itself whenever it is asked, but for every `period`th time, when its logits are negated."""
+
+    def __init__(self, model: nn.Module, period: int = 2, asked: int = 0) -> None:
+        super().__init__()
+        self.model, self.period, self.asked = model, period, asked
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.asked += 1
+        logits: Tensor = self.model(x)
+        return logits if self.asked % self.period else -logits
+
+
 class Neighbour(nn.Module):
     """The label of the nearest image that it knows, on a surface of no use."""
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from deceivers import Remembers
+from deceivers import Alternates, Remembers
 from torch import Tensor, nn
 
 from manifold_defense import Threat
@@ -65,17 +65,13 @@ def test_a_model_that_answers_now_and_then_is_told(classifier: nn.Module, period
     """Right when it is judged, otherwise when an attack asks or a check does: by how often it was asked."""
     x, y = labelled(classifier)
 
-    class Counting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.asked = phase
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.asked += 1
-            logits: Tensor = classifier(x)
-            return logits if self.asked % period else -logits
-
-    found = evaluate([Defence.bare("counting", Counting())], [AttackConfig("pgd", 5)], [LINF], x, y)
+    found = evaluate(
+        [Defence.bare("alternates", Alternates(classifier, period, phase))],
+        [AttackConfig("pgd", 5)],
+        [LINF],
+        x,
+        y,
+    )
     worst = next(r for r in found.rows if r.attack == "worst")
     assert worst.masked
     assert "randomness" in {c.name for c in found.checks if not c.passed}
