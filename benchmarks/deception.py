@@ -3,11 +3,11 @@
     python benchmarks/deception.py --images 100 --json deception.json
     python benchmarks/deception.py --classifier zoo/mnist/undefended --data mnist --set data.root=PATH
 
-Each of `benchmarks/deceivers.py` has the labels of the undefended classifier (without `--classifier` a small
-one that is trained on the spot), but for the nearest neighbour. It meets the attacks and checks of the
-default configuration. *True* is at most: what it is right on after PGD and APGD on the honest model, and
-after all that the evaluation found. A line that says DECEIVED prints over three points more, and no check
-objects.
+Each of `benchmarks/deceivers.py` (but `Alternates`, which hangs on the order of attacks) has the labels of
+the undefended classifier (without `--classifier` a small one that is trained on the spot), but for the
+nearest neighbour. It meets the attacks and checks of the default configuration. *True* is at most: what it is
+right on after PGD and APGD on the honest model, and after all that the evaluation found. A line that says
+DECEIVED prints over three points more, and no check objects.
 """
 
 from __future__ import annotations

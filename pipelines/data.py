@@ -128,11 +128,15 @@ def load_data(config: DataConfig) -> Dataset:
     )
 
 
+def _root(config: DataConfig) -> Path:
+    return Path(config.root).expanduser().absolute()  # in a program it may be text
+
+
 def data_digest(config: DataConfig) -> str:
     """`Dataset.digest` without decoding an image."""
     if config.name != "image_folder":
         return _digest([config.name])
-    root = Path(config.root).expanduser().absolute()
+    root = _root(config)
     return _folder_digest(
         root,
         [p for s in ("train", "test") for c in _class_names(root / s) for p in image_files(root / s / c)],
@@ -242,7 +246,7 @@ def _torchvision(config: DataConfig) -> Dataset:
 
     class_name, folder, files = _TORCHVISION[config.name]
     source: Any = getattr(torchvision.datasets, class_name)
-    root = Path(config.root).expanduser().absolute()
+    root = _root(config)
     target = root / folder
 
     def read(download: bool) -> Dataset:
@@ -284,7 +288,7 @@ def _tensors(source: Any) -> ImageData:
 
 def _image_folder(config: DataConfig) -> Dataset:
     """Read ROOT/train/CLASS/** and ROOT/test/CLASS/**, no hidden files; sorted by class, then by name."""
-    root = Path(config.root).expanduser().absolute()
+    root = _root(config)
     classes, test_classes = _class_names(root / "train"), _class_names(root / "test")
     if len(classes) < 2:
         raise DataError(f"image_folder: fewer than 2 class folders in {root / 'train'}")

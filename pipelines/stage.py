@@ -159,7 +159,7 @@ class StageFolder:
 
     def begun(self) -> dict[str, Any] | None:
         """What `plan.json` of unfinished work says; None if there is none, or nothing came of it yet."""
-        return self._plan() if self.settled and self._has_something else None
+        return (self._plan() or None) if self.settled and self._has_something else None
 
     def _plan(self) -> dict[str, Any]:
         return _read(self.part / PLAN) or {}

@@ -224,6 +224,14 @@ def test_a_stage_that_failed_before_it_had_anything_stands_in_nobodys_way(tmp_pa
     assert plan["seconds"] > 0
 
 
+def test_work_whose_plan_is_lost_is_started_again(run_folder):
+    shutil.rmtree(run_folder / "train-encoder")
+    (run_folder / "train-encoder.part").mkdir()
+    (run_folder / "train-encoder.part" / "state.ckpt").write_bytes(b"of what, nobody knows")
+    result = invoke("train-encoder", *settings())
+    assert result.exit_code == 0, result.output
+
+
 def test_a_lack_of_memory_is_one_line():
     with pytest.raises(Failure, match=r"^out of memory: expected smaller batches") as caught, reported():
         torch.empty(10**15)
