@@ -7,7 +7,9 @@ Every objective starts from the same clean classifier and may spend the processo
 training takes for `--images` images: how many images that makes is measured first, on one batch, the
 objectives by turns. Each is trained with `--seeds` seeds, and attacked on `--test-images` test images:
 PGD (from windows, too) and APGD in pixels, latents around E(x), and overpowered pairs, of which the
-share that is found counts. Figures are means over the seeds, with the least and the most.
+share that is found counts. Figures are means over the seeds, with the least and the most. With
+`--json FILE` what is finished is kept in FILE.jobs until all is done, and the same command goes on
+from there.
 """
 
 from __future__ import annotations
@@ -17,24 +19,30 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import click
 import torch
 from inputs import Images, benchmark, data_options, folder, json_option, read_images
+from kept import Kept, Row
 from lightning_fabric import Fabric
+from rich.console import Console
 from torch import Tensor
 
 from gan.sampling import batch_indices, step_rng
-from manifold_defense import ManifoldFilter
+from manifold_defense import DefendedClassifier, ManifoldFilter
 from manifold_defense.attacks import apgd, latent_attack, overpowered_pairs, pgd, window_pgd
 from manifold_defense.attacks.objective import correct
 from manifold_defense.classifiers import ImageClassifier
+from manifold_defense.evaluation import Defence
 from manifold_defense.hardening import Clean, Dual, Latent, Objective, Pgd, RobustManifold
 from manifold_defense.hardening.training import TrainingConfig, classifier_state, train_classifier
 from manifold_defense.types import Ball, Generator
 from pipelines.data import augment, to_float
+from pipelines.jobs import digest_of
+from pipelines.progress import progress_bar
 
 _TIMED_STEPS = 8
 
@@ -153,34 +161,49 @@ def main(
 ) -> None:
     read = read_images(data, settings, test_images)
     filter, fabric = read.filter(filter_folder), Fabric(accelerator="cpu", devices=1)
+    console = Console(stderr=True)
     x, y = read.x, read.y
     objectives = {name: made for name, made in make_objectives(eps, steps).items() if name in names}
     aids = {"manifold": filter}
 
-    every = {"pgd": Pgd(eps=eps, steps=steps), **objectives}
-    cost = seconds_per_image(
-        lambda: read.classifier(classifier), every, batches(read, batch, 0), fabric, aids
-    )
-    rows = []
-    for name, objective in objectives.items():
+    def trained(name: str, objective: Objective, seed: int) -> Row:
         own = TrainingConfig(images=round(images * cost["pgd"] / cost[name]), batch_size=batch)
         # Longer than the whole of a short training makes no mean of it.
         own = replace(own, average_half_life=max(own.images // 20, 1))
+        started = time.process_time()
+        state = classifier_state(fabric, read.classifier(classifier), own)
+        loop = train_classifier(fabric, state, batches(read, batch, seed), own, objective, seed, **aids)
+        with progress_bar(
+            f"{name} {seed}", own.images, "images", console, shown=console.is_terminal
+        ) as advance:
+            for record in loop:
+                advance(record.images)
+        spent = time.process_time() - started
+        row = {"objective": name, "seed": seed, "images": own.images, "cpu_seconds": spent}
+        return {**row, **measure(state["best"], filter, x, y, eps, seed)}
+
+    every = {"pgd": Pgd(eps=eps, steps=steps), **objectives}
+    defended = DefendedClassifier(filter, read.classifier(classifier).requires_grad_(False))
+    answers = digest_of([Defence.of("", defended)], x[:2])
+    asked = (eps, steps, images, batch, test_images, read.dataset.digest, read.config, list(every))
+    kept = Kept(output, f"{answers} {asked}")
+    cost = kept.row(
+        "cost",
+        lambda: seconds_per_image(
+            lambda: read.classifier(classifier), every, batches(read, batch, 0), fabric, aids
+        ),
+    )
+    rows = []
+    for name, objective in objectives.items():
         for seed in range(seeds):
-            started = time.process_time()
-            state = classifier_state(fabric, read.classifier(classifier), own)
-            loop = train_classifier(fabric, state, batches(read, batch, seed), own, objective, seed, **aids)
-            for _ in loop:
-                pass
-            spent = time.process_time() - started
-            row = {"objective": name, "seed": seed, "images": own.images, "cpu_seconds": spent}
-            rows.append({**row, **measure(state["best"], filter, x, y, eps, seed)})
+            rows.append(kept.row(f"{name} {seed}", partial(trained, name, objective, seed)))
             click.echo(
                 "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items())
             )
             if output is not None:
                 facts = {"eps": eps, "steps": steps, "test_images": len(x), "rows": rows}
                 output.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    kept.finish()
     for name in objectives:
         own_rows = [row for row in rows if row["objective"] == name]
         cells = []

@@ -9,7 +9,8 @@ Robust accuracy under both together is at most the evaluation's less that share.
 published strength (APGD of 100 steps on cross-entropy and towards nine classes, FAB towards nine,
 Square of 5,000 queries) and differentiates every step of the projection; HopSkipJump, by ART, asks the
 deployed model alone. Peers as for `benchmarks/attacks.py`. A line a threat says how many survivors
-were tried, the first `--survivors`, and how many were broken.
+were tried, the first `--survivors`, and how many were broken. With `--json FILE` finished batches are
+kept in FILE.jobs until all are done, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -17,21 +18,26 @@ from __future__ import annotations
 import csv
 import json
 import time
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import click
 import torch
 from inputs import THREAT, benchmark, data_options, folder, json_option, read_images
+from kept import Kept, Row
+from rich.progress import track
 from torch import Tensor
 
 from manifold_defense import PRESETS, DefendedClassifier, Threat
 from manifold_defense.attacks.norms import geometry
 from manifold_defense.attacks.objective import correct
+from manifold_defense.evaluation import Defence
 from manifold_defense.evaluation.adapters import art_classifier, autoattack
 from manifold_defense.evaluation.statistics import wilson
 from manifold_defense.types import Classifier, Norm
+from pipelines.jobs import digest_of
 
 ATTACKS = ("autoattack", "hop_skip_jump")
 
@@ -72,17 +78,16 @@ def hop_skip_jump(model: Classifier, x: Tensor, y: Tensor, threat: Threat) -> Te
     return (x + delta).clamp(0, 1)
 
 
-def attacked(name: str, model: Classifier, x: Tensor, y: Tensor, threat: Threat, batch: int) -> Tensor:
-    """Which images (N,) the attack broke."""
-    broken = []
-    for at in torch.arange(len(x)).split(batch):
-        if name == "autoattack":
-            x_adv = autoattack(model, x[at], y[at], norm=threat.norm, eps=threat.eps)
-        else:
-            x_adv = hop_skip_jump(model, x[at], y[at], threat)
-        with torch.no_grad():
-            broken.append(~correct(model(x_adv), y[at]))
-    return torch.cat(broken)
+def broken_by(name: str, model: Classifier, x: Tensor, y: Tensor, threat: Threat) -> Row:
+    """Which images (N,) the attack broke, and the seconds that it took."""
+    started = time.perf_counter()
+    if name == "autoattack":
+        x_adv = autoattack(model, x, y, norm=threat.norm, eps=threat.eps)
+    else:
+        x_adv = hop_skip_jump(model, x, y, threat)
+    with torch.no_grad():
+        broken = ~correct(model(x_adv), y)
+    return {"broken": broken.tolist(), "seconds": time.perf_counter() - started}
 
 
 @benchmark(__doc__)
@@ -91,6 +96,9 @@ def attacked(name: str, model: Classifier, x: Tensor, y: Tensor, threat: Threat,
 @folder("--classifier", required=True)
 @folder("--filter", "filter_folder")
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="Of the filter, if not its own.")
+@click.option(
+    "--share", default=1.0, type=click.FloatRange(0, 1, min_open=True), help="Asked twice: of the drawing."
+)
 @click.option("--attack", "attacks", multiple=True, default=ATTACKS, type=click.Choice(ATTACKS))
 @click.option("--threat", "threats", multiple=True, default=("linf:0.3", "l2:2.5"), type=THREAT)
 @data_options("mnist")
@@ -103,6 +111,7 @@ def main(
     classifier: Path,
     filter_folder: Path | None,
     preset: str | None,
+    share: float,
     attacks: tuple[str, ...],
     threats: tuple[Threat, ...],
     data: str,
@@ -118,23 +127,31 @@ def main(
     model: Classifier = bare
     if filter_folder is not None:
         filter = read.filter(filter_folder)
-        model = DefendedClassifier(filter.configured(PRESETS[preset]) if preset else filter, bare)
-    lines: list[dict[str, Any]] = []
+        model = DefendedClassifier(filter.configured(PRESETS[preset]) if preset else filter, bare, share)
+    answers = digest_of([Defence.of("", model)], x[:2])
+    kept = Kept(output, f"{answers} {read.dataset.digest} {read.config}")
+    lines: list[Row] = []
     for threat in threats:
         text = f"{threat.norm}:{threat.eps:g}"
         if threat not in left:
             raise click.UsageError(f"{evaluation}: {defence} did not meet {text}")
         at = torch.tensor(left[threat][:most], dtype=torch.long)
         for attack in attacks:
-            started = time.perf_counter()
-            fell = attacked(attack, model, x[at], y[at], threat, batch) if len(at) else at.bool()
-            share = len(left[threat]) / count
-            lost = share * float(fell.float().mean()) if len(at) else 0.0
+            batches = [
+                kept.row(
+                    f"{threat} {attack} {own.tolist()}",
+                    partial(broken_by, attack, model, x[own], y[own], threat),
+                )
+                for own in track(at.split(batch) if len(at) else (), f"{text} {attack}", transient=True)
+            ]
+            fell = torch.tensor([broken for row in batches for broken in row["broken"]], dtype=torch.bool)
+            before = len(left[threat]) / count
+            lost = before * float(fell.float().mean()) if len(at) else 0.0
             interval = wilson(int(fell.sum()), len(at))
             click.echo(
-                f"{text} {attack}: {len(left[threat])} of {count} images are left ({share:.1%}); of "
+                f"{text} {attack}: {len(left[threat])} of {count} images are left ({before:.1%}); of "
                 f"{len(at)} tried {int(fell.sum())} fall [{interval.low:.1%}, {interval.high:.1%}]: "
-                f"{lost:.1%} of all; {time.perf_counter() - started:.0f} s"
+                f"{lost:.1%} of all; {sum(row['seconds'] for row in batches):.0f} s"
             )
             lines.append(
                 {
@@ -151,6 +168,7 @@ def main(
             )
             if output is not None:
                 output.write_text(json.dumps({"rows": lines}) + "\n", encoding="utf-8")
+    kept.finish()
 
 
 if __name__ == "__main__":

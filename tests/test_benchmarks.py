@@ -24,7 +24,7 @@ from manifold_defense.evaluation import Job, Outcome
 ROOT = Path(__file__).parents[1]
 ZOO = ROOT / "zoo" / "mnist"
 BENCHMARKS = sorted(
-    p.stem for p in (ROOT / "benchmarks").glob("*.py") if p.stem not in ("inputs", "deceivers")
+    p.stem for p in (ROOT / "benchmarks").glob("*.py") if p.stem not in ("inputs", "kept", "deceivers")
 )
 
 
@@ -180,6 +180,67 @@ def test_robustness_goes_on_where_it_stopped(
     assert not set(again) & set(met)
     assert json.loads(part.read_text()) == facts
     assert not (tmp_path / "part.json.jobs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "arguments"),
+    [
+        ("certification", "smoothed_certify", ("--sigma", 0.25, "--draws", 20, "--bank", 600)),
+        ("hardening", "latent_attack", ("--eps", 0.1, "--steps", 1, "--seeds", 2, "--objective", "clean")),
+    ],
+)
+def test_rows_that_are_finished_are_not_made_again(
+    run: Callable[..., Result],
+    networks: tuple[Generator, Encoder],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    part: str,
+    arguments: tuple[object, ...],
+) -> None:
+    save_filter(ManifoldFilter(*networks), tmp_path / "filter")
+    config = ArchitectureConfig("shallow", width=2)
+    save_classifier(seeded(0, lambda: ImageClassifier((1, 8, 8), 10, config)), tmp_path / "own")
+    given = ["--filter", tmp_path / "filter", "--classifier", tmp_path / "own", "--data", "digits"]
+    given += ["--images", 64, "--test-images", 4, *arguments]
+    output, kept = tmp_path / "rows.json", tmp_path / "rows.json.jobs"
+
+    calls = 0
+
+    def stopping(original: Callable[..., Any], limit: int) -> Callable[..., Any]:
+        def called(*given: Any, **named: Any) -> Any:
+            nonlocal calls
+            if calls == limit:
+                raise KeyboardInterrupt
+            calls += 1
+            return original(*given, **named)
+
+        return called
+
+    def made(limit: int) -> int:
+        """How often a part of each row is asked for, until it is interrupted at the `limit`."""
+        nonlocal calls
+        calls = 0
+        with monkeypatch.context() as patch:
+            for room in ("certification", "attacks"):
+                module = import_module(f"manifold_defense.{room}")
+                if hasattr(module, part):
+                    patch.setattr(module, part, stopping(getattr(module, part), limit))
+            done = run(name, *given, "--json", output)
+            assert done.exit_code == (130 if calls == limit else 0), done.output
+        return calls
+
+    assert made(1) == 1
+    rows = [text for text in (file.read_text() for file in kept.glob("*.json")) if "seconds" in text]
+    assert rows
+    assert made(100) == 1  # of two
+    assert not kept.exists()
+    assert all(text.strip("{}") in output.read_text() for text in rows)
+    assert made(100) == 2  # all is measured anew, and what another question left is not taken
+    given[given.index("--images") + 1] = 65
+    assert made(1) == 1
+    given[given.index("--images") + 1] = 64
+    assert made(100) == 2
 
 
 @pytest.mark.parametrize("name", GIVEN)
