@@ -184,13 +184,17 @@ class DefendedClassifier(nn.Module):
     With a `share` s below 1 the classifier is asked of the image and of its drawing, and what it says of
     the drawing counts for so much: `log((1 − s) softmax f(x) + s softmax f(filter(x)))`. For a classifier
     that was hardened and so is worth asking: inside its ball it loses less by the filter then, and
-    outside it gains less. Raises ValueError for a share that is not in (0, 1].
+    outside it gains less. Raises ValueError for a share that is not in (0, 1], TypeError for what is no
+    filter and no classifier. The filter is always in eval mode, the classifier in its own: `.eval()` it.
 
     `view(name)` gives the same model with another gradient, which is all that an attack sees.
     """
 
     def __init__(self, filter: ManifoldFilter, classifier: nn.Module, share: float = 1.0) -> None:
         super().__init__()
+        if not isinstance(filter, nn.Module) or isinstance(classifier, ManifoldFilter):
+            given = f"{type(filter).__name__} and {type(classifier).__name__}"
+            raise TypeError(f"expected DefendedClassifier(filter, classifier), got {given}")
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ValueError(f"share: expected a number in (0, 1], got {share!r}")
         self.filter = filter

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import types
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,9 +15,10 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(*models: object) -> Iterator[None]:
-    """Eval mode for a time; every submodule gets its own mode back. What is no module has none."""
-    asked = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
-    modules = [module for module in asked if hasattr(module, "training")]  # a frozen script has none
+    """Eval mode for a time; every submodule, those that functions call included, gets its own mode back."""
+    modules = [
+        module for module in _modules(*models) if hasattr(module, "training")
+    ]  # a frozen script has none
     modes = [module.training for module in modules]
     try:
         for module in modules:
@@ -22,6 +27,32 @@ def evaluation_mode(*models: object) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
+
+
+def _modules(*models: object) -> list[nn.Module]:
+    """The modules that models consist of; of a function those that it closes over or knows by name."""
+    found: list[nn.Module] = []
+    left, seen = list[Any](models), dict[int, Any]()
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, nn.Module):
+            found.append(value)
+            left += value.children()
+            left += [held for held in vars(value).values() if callable(held)]
+        elif isinstance(value, partial):
+            left += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, types.MethodType):
+            left.append(value.__self__)
+        elif isinstance(value, types.FunctionType):
+            with suppress(ValueError):  # a variable that has no value yet
+                known = inspect.getclosurevars(value)
+                left += known.nonlocals.values()
+                left += [module for module in known.globals.values() if isinstance(module, nn.Module)]
+            left += value.__defaults__ or ()
+    return found
 
 
 @contextmanager

@@ -67,6 +67,10 @@ class Threat:
             raise ValueError(f"norm: expected one of {', '.join(get_args(Norm))}, got {self.norm!r}")
         if not 0 < self.eps <= 1e6:
             raise ValueError(f"eps: expected above 0 and at most a million, got {self.eps}")
+        if self.norm == "linf" and self.eps > 1:
+            raise ValueError(
+                f"eps of linf: expected at most 1, for images in [0, 1] (8/255 is 0.0314), got {self.eps:g}"
+            )
         if self.norm in ("l0", "patch", "corruption") and self.eps != int(self.eps):
             raise ValueError(f"eps of {self.norm}: expected a whole number, got {self.eps}")
         if self.norm == "corruption" and self.eps > 5:

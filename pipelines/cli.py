@@ -293,9 +293,9 @@ def _add_stage_command(name: str, summary: str) -> None:
 @click.option(
     "--classifier",
     metavar="MODULE:FUNCTION",
-    help="Attack a classifier of your own, a torch module, instead of those of the run.",
+    help="Attack a classifier of your own, a torch module or its folder, instead of those of the run.",
 )
-@click.option("--filter", "folder", metavar="FOLDER", help="And the same behind this exported filter.")
+@click.option("--filter", "folder", metavar="FOLDER", help="Attack it behind this filter as well.")
 @click.option("--data", metavar="NAME", help="Short for --set data.name=NAME.")
 @_stage_options
 def evaluate_command(

@@ -19,7 +19,7 @@ from gan.training import GanConfig
 from manifold_defense.certification import SmoothingConfig
 from manifold_defense.classifiers import ArchitectureConfig
 from manifold_defense.evaluation import AttackConfig
-from manifold_defense.evaluation.defence import ViewName
+from manifold_defense.evaluation.suites import QUICK, SUITES
 from manifold_defense.hardening import OBJECTIVES, Objective, Pgd, Union
 from manifold_defense.hardening.disturbance import Disturbance
 from manifold_defense.hardening.training import TrainingConfig
@@ -253,7 +253,13 @@ def _one_or_more(value: Any) -> Any:
     return [value] if isinstance(value, dict) else value
 
 
-_PGD_VIEWS: tuple[ViewName, ...] = ("unaware", "start", "identity", "soft", "tangent", "exact")
+def _named_suite(value: Any) -> Any:
+    """A name stands for the attacks of that suite."""
+    if not isinstance(value, str):
+        return value
+    if value not in SUITES:
+        raise ValueError(f"expected {', '.join(SUITES)} or a list of attacks, got {value!r}")
+    return SUITES[value]
 
 
 @dataclass(frozen=True)
@@ -267,8 +273,10 @@ class EvaluateConfig:
     reject      share of clean images that the filter with a reject option may refuse (0: no such defence)
     random      further starts, drawn anew at every call, of a randomised filter (0: no such defence)
     checks      images on which the signs of masked gradients are looked for (0: none are)
-    classifier  package.module:function of your own one, which then takes the place of those of the run
+    classifier  package.module:function of your own one, or its folder, in place of those of the run
     filter      folder of the filter to put in front of it; without, it stands beside baselines alone
+    attacks     a list of tables, or the name of a suite: quick, for a first look, or thorough, for figures
+                that are to be quoted (`manifold_defense.evaluation.suites`)
     """
 
     __pydantic_config__: ClassVar = _STRICT
@@ -284,19 +292,7 @@ class EvaluateConfig:
     checks: int = 30
     classifier: str = ""
     filter: str = ""
-    attacks: tuple[AttackConfig, ...] = (
-        AttackConfig("noise", steps=10),
-        AttackConfig("fgsm", views=("unaware", "exact")),
-        AttackConfig("pgd", steps=20, restarts=2, loss="both", views=_PGD_VIEWS),
-        AttackConfig("apgd", steps=100, views=("exact",)),
-        AttackConfig("apgd", steps=40, loss="dlr", views=("exact",)),
-        AttackConfig("window_pgd", steps=20, restarts=4, rounds=8, views=("exact",)),
-        AttackConfig("fab", steps=50, targets=4, views=("exact",)),
-        AttackConfig("fmn", steps=30, views=("exact",)),
-        AttackConfig("range", steps=20),
-        AttackConfig("detector_aware", steps=20, restarts=8, views=("exact",)),
-        AttackConfig("square", steps=100),
-    )
+    attacks: Annotated[tuple[AttackConfig, ...], BeforeValidator(_named_suite)] = QUICK
 
     def __post_init__(self) -> None:
         for name, least in (("images", 0), ("batch_size", 1), ("checks", 0), ("random", 0)):

@@ -35,7 +35,8 @@ class OwnClassifierError(Exception):
 
 
 def load_own(source: str, data: Dataset, device: torch.device, option: str = "--classifier") -> nn.Module:
-    """The module that `source`, given as `option`, a function without parameters or a module itself, gives.
+    """The module that `source`, given as `option`, names: a function without parameters that makes it, the
+    module itself, or a folder that a training stage or `save_classifier` wrote.
 
     It takes images (N, C, H, W) in [0, 1] and returns logits (N, K) for the classes of `data`; two test
     images and their gradient are tried. Modules in the working folder are found as well. Raises
@@ -46,8 +47,10 @@ def load_own(source: str, data: Dataset, device: torch.device, option: str = "--
         return OwnClassifierError(f"{option} {source}: {why}")
 
     path, _, name = source.partition(":")
+    if not name and os.path.isdir(source):
+        return load_own_classifier(source, data, device)
     if not path or not name or path.endswith(".py"):
-        raise refused("expected package.module:function, the module without .py")
+        raise refused("expected package.module:function, the module without .py, or a classifier's folder")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

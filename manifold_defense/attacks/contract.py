@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -19,29 +20,31 @@ def attack(function: _Attack) -> _Attack:
     """Around an attack `(model, x, y, *, eps, …)`: ValueError for what it would make nonsense of.
 
     That is images x (N, …) that are not finite floats within its `bounds`, [0, 1] where it has none,
-    labels y (N,) that are not int64 from 0, and an `eps` that is no number from 0. Images of another scale
-    would pass for robust.
+    labels y (N,) that are not int64 from 0, and an `eps` that is no finite number from 0 (but for the default
+    of attacks that seek the nearest image) or, in L∞, more than images can differ by. Images of another scale
+    would pass for robust, a radius of another one for broken.
     """
     defaults = {name: given.default for name, given in inspect.signature(function).parameters.items()}
 
     @functools.wraps(function)
     def checked(model: Classifier, x: Tensor, y: Tensor, **settings: Any) -> Tensor:
         given = defaults | settings
-        _check(x, y, given["eps"], given.get("bounds", (0.0, 1.0)))
+        bounds = given.get("bounds", (0.0, 1.0))
+        _check(x, y, bounds)
+        if given["eps"] is not None and given["eps"] != defaults["eps"]:
+            _check_radius(given["eps"], bounds[1] - bounds[0] if given.get("norm") == "linf" else math.inf)
         return function(model, x, y, **settings)
 
     return cast(_Attack, checked)
 
 
-def _check(x: Tensor, y: Tensor, eps: float | None, bounds: tuple[float, float]) -> None:
+def _check(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"images: expected a tensor of floats, got {got}")
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != x.shape[:1]:
         got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"labels: expected {len(x)} of int64, got {got}")
-    if eps is not None and not eps >= 0:
-        raise ValueError(f"eps: expected at least 0, got {eps}")
     if len(x) == 0:
         return
     if (y < 0).any():
@@ -50,4 +53,13 @@ def _check(x: Tensor, y: Tensor, eps: float | None, bounds: tuple[float, float])
     if not bounds[0] <= low <= high <= bounds[1]:  # NaN fails, too
         raise ValueError(
             f"images: expected values in [{bounds[0]:g}, {bounds[1]:g}], got [{low:.7g}, {high:.7g}]"
+        )
+
+
+def _check_radius(eps: float, most: float) -> None:
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps: expected a finite number of at least 0, got {eps}")
+    if eps > most:
+        raise ValueError(
+            f"eps: expected at most {most:g} in linf, by which images differ (8/255 is 0.0314), got {eps:g}"
         )

@@ -25,7 +25,7 @@ def noise(
     targeted: bool = False,
     seed: int = 0,
 ) -> Tensor:
-    """The worst of `draws` perturbations of full size: signs of eps (L∞), random directions (L2)."""
+    """The worst of `draws` perturbations: signs of eps (L∞), directions of length eps (L2), then clipped."""
     shape = geometry(norm)
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()

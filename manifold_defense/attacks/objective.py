@@ -72,17 +72,18 @@ def _check(logits: Tensor, y: Tensor) -> None:
 def towards(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """`(Z_t − Z_y) / (Z_π1 − (Z_π3 + Z_π4) / 2)`, (N,): the targeted ratio (Croce & Hein 2020, eq. 7).
 
-    It leads from y (N,) to the class t (N,). With three classes the third stands for both.
+    It leads from y (N,) to the class t (N,). With fewer than four classes it is the difference alone: a
+    ratio to the least of three is constant where t is the least.
     """
     pair = logits.gather(1, torch.stack([y, target], 1))
     return (pair[:, 1] - pair[:, 0]) / _spread(logits, 4)
 
 
 def _spread(logits: Tensor, rank: int) -> Tensor:
-    """From the largest logit to the third, or half-way to the fourth, (N,); 1 if there are but two."""
-    top = logits.topk(min(rank, logits.shape[1]), dim=1).values
-    if top.shape[1] < 3:
-        return torch.ones_like(top[:, 0])
+    """From the largest logit to the third, or half-way to the fourth, (N,); 1 if there are not as many."""
+    if logits.shape[1] < rank:
+        return torch.ones_like(logits[:, 0])
+    top = logits.topk(rank, dim=1).values
     return (top[:, 0] - (top[:, 2] + top[:, -1]) / 2).clamp(min=1e-12)
 
 

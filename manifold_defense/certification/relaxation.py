@@ -89,7 +89,7 @@ class Hidden(NamedTuple):
     def within(self, part: Box) -> list[Box]:
         """The same for the images of parts (B, C, H, W) of the box, as far as it is quickly said."""
         *before, last = self.boxes
-        last = Box(*(end.expand(len(part.lower), -1) for end in last))
+        last = Box(*(end.expand(len(part.lower), *end.shape[1:]) for end in last))
         return [*before, _met(last, self.neurons, self.ends.largest(part))]
 
 

@@ -5,13 +5,15 @@ from manifold_defense.evaluation.defence import Defence, ModelError
 from manifold_defense.evaluation.evaluate import Evaluation, Store, evaluate
 from manifold_defense.evaluation.ledger import Row
 from manifold_defense.evaluation.outcome import Outcome, attack_images, in_batches, run_job
+from manifold_defense.evaluation.plan import Job, jobs
 from manifold_defense.evaluation.recipe import AttackConfig
 from manifold_defense.evaluation.statistics import wilson
 from manifold_defense.evaluation.subject import Check
-from manifold_defense.evaluation.suite import Job, jobs
+from manifold_defense.evaluation.suites import SUITES
 
 __all__ = [
     "CHECKS",
+    "SUITES",
     "AttackConfig",
     "Check",
     "Defence",

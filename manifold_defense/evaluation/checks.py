@@ -20,9 +20,9 @@ from manifold_defense.attacks.norms import column
 from manifold_defense.attacks.objective import contested, correct, margins
 from manifold_defense.evaluation.defence import NO_GRADIENT, Defence
 from manifold_defense.evaluation.outcome import attack_images
+from manifold_defense.evaluation.plan import Job
 from manifold_defense.evaluation.recipe import SPECS, AttackConfig
 from manifold_defense.evaluation.subject import Check, Subject, change_of, lead, share_of
-from manifold_defense.evaluation.suite import Job
 from manifold_defense.modes import evaluation_mode
 from manifold_defense.rejection import RejectingClassifier
 from manifold_defense.types import Classifier, Norm, Threat
@@ -112,9 +112,9 @@ def saturation(s: Subject) -> Check:
 def offset(s: Subject) -> Check:
     """Are the logits far from zero, where float32 has no digits left for their differences?"""
     logits = s.logits(s.x)
-    size = float(contested(logits).median())
+    size, difference = float(contested(logits).median()), float(lead(logits))
     words = f"the logits lie {size:.0f} away from zero: losses lose precision"
-    return s.verdict("offset", size, size <= max(50, 5 * float(lead(logits))), words)
+    return s.verdict("offset", size, size <= max(5 * difference, min(50, 800 * difference)), words)
 
 
 def randomness(s: Subject) -> Check:
@@ -134,9 +134,10 @@ def batch(s: Subject) -> Check:
         others = 1 - few
         others[i] = few[i]
         among_others[i] = s.logits(others)[i]
-    # What draws may give a smaller batch other draws.
-    fewer = [s.logits(few[:size]) for size in (1, 2, 4)] if s.defence.draws == 1 else []
-    change = max(change_of(together[: len(z)], z) for z in (among_others, *fewer))
+    # What draws may give a batch of another size other draws.
+    sizes = (1, 2, 4, len(s.x)) if s.defence.draws == 1 else ()
+    others_asked = [s.logits(s.x[:size])[: len(few)] for size in sizes]
+    change = max(change_of(together[: len(z)], z) for z in (among_others, *others_asked))
     words = f"answers depend on the rest of the batch, by {change:.1%} of their lead"
     return s.verdict("batch", change, change <= 0.01, words)
 

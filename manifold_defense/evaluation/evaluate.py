@@ -24,10 +24,10 @@ from manifold_defense.evaluation.checks import BALLS, CHECKS, OF_THREAT, converg
 from manifold_defense.evaluation.defence import CHECKED, Defence, ModelError
 from manifold_defense.evaluation.ledger import UNION, Ledger, Mode, Row
 from manifold_defense.evaluation.outcome import Compute, Outcome, held, in_batches, in_rounds, judged, run_job
+from manifold_defense.evaluation.plan import Job, jobs
 from manifold_defense.evaluation.recipe import SPECS, AttackConfig
 from manifold_defense.evaluation.statistics import paired
 from manifold_defense.evaluation.subject import Check
-from manifold_defense.evaluation.suite import Job, jobs
 from manifold_defense.modes import evaluation_mode
 from manifold_defense.projection import check_images
 from manifold_defense.randomised import seeded
@@ -66,7 +66,11 @@ class Evaluation:
         return found
 
     def transfers(self) -> list[dict[str, Any]]:
-        """Who fools whom: of the images that broke `source`, the share that fools `target`."""
+        """Who fools whom: of the images that attacks on `source` broke, the share that fools `target`."""
+        first: dict[str, tuple[Job, Outcome]] = {}  # later ones are of what still withstood alone
+        for job, outcome in self.outcomes:
+            if job.source not in (None, job.defence.name):
+                first.setdefault(job.name, (job, outcome))
         return [
             {
                 "source": job.source,
@@ -76,8 +80,8 @@ class Evaluation:
                 "images": len(outcome.score),
                 "fooled": float(1 - outcome.score.mean()),
             }
-            for job, outcome in self.outcomes
-            if job.source not in (None, job.defence.name) and job.threat is not None and len(outcome.score)
+            for job, outcome in first.values()
+            if job.threat is not None and len(outcome.score)
         ]
 
 
@@ -97,7 +101,16 @@ def _check(
     y: Tensor,
     mode: str,
 ) -> None:
-    """Raise ValueError for what `evaluate` cannot take."""
+    """Raise ValueError for what `evaluate` cannot take, TypeError for no defence, attack or threat."""
+    kinds = (
+        ("defences", defences, Defence, "Defence.of(name, model)"),
+        ("attacks", attacks, AttackConfig, 'AttackConfig("pgd")'),
+        ("threats", threats, Threat, 'Threat("linf", 0.3)'),
+    )
+    for what, given, kind, example in kinds:
+        for entry in given:
+            if not isinstance(entry, kind):
+                raise TypeError(f"{what}: expected each as {example} makes it, got {type(entry).__name__}")
     names, labels = [defence.name for defence in defences], [attack.label for attack in attacks]
     for what, found in (("defences", names), ("attacks", labels)):
         if len(set(found)) < len(found):
@@ -141,11 +154,21 @@ def evaluate(
 
     Cheap attacks come before dear ones, so that in mode `standard` few images are left for the
     latter. Then every defence meets the images that broke it within a smaller threat of the same norm, and
-    those that broke the others. At the end each is examined
+    those that broke the others, until nothing is left to try. At the end each is examined
     for masked gradients on the first `checks` images that it gets right, and for a stronger attack on as
     many of those that were left (0: none is): under every L∞ and L2 threat by all checks, under others for
-    the stronger attack alone, and what that breaks counts as broken. The rows of a threat under which it
-    fails are marked, and those of threats that are no such ball if it fails under one. Raises ValueError
+    the stronger attack alone. What that breaks counts as broken, and is tried on the others, too. The rows of
+    a threat under which a defence fails are marked, and those of threats that are no such ball if it fails
+    under one.
+
+    mode         standard: an attack meets the images that the cheaper ones before it left; full: all of them,
+                 for a matrix of who breaks what
+    compute      how work on N images is shared out, by default all at once; `in_batches(size)`
+    store        where finished jobs are kept, so that an interrupted evaluation goes on; by default nowhere
+    on_progress  is told how many jobs are done, of how many
+
+    In `Evaluation.worst` a score is 1 for an image that is right after everything, 0 for one that is broken,
+    and in between for a model that draws: the share of its draws that are right. Raises ValueError
     for images outside [0, 1], labels that are not int64, defences or attacks of the same name, a threat
     that no attack applies to, and a model that returns no finite logits or changes the images that it is
     given.
@@ -188,14 +211,33 @@ def evaluate(
             return run_job(job, x[at], y[at], seed, x[:_LENDERS])
 
         meet(job, ledger.left(job) if job.threat else torch.arange(len(x)), attacked)
-    for job in pairs:
-        pool = ledger.pool(job)
+    tried: dict[str, set[int]] = {}
 
-        def tried(at: Tensor, seed: int, job: Job = job, pool: Mapping[int, Tensor] = pool) -> Outcome:
-            x_adv = torch.stack([pool[i] for i in at.tolist()]).to(x)
-            return judged(job, x[at], y[at], x_adv, seed)
+    def untried(job: Job) -> dict[int, Tensor] | None:
+        """What broke the source of a transfer: at first all of it, then what may still break more, if any."""
+        pool, known = ledger.pool(job), tried.get(job.name)
+        if known is None:
+            return pool
+        return {i: pool[i] for i in ledger.standing(job) if i in pool and i not in known} or None
 
-        meet(job, torch.tensor(list(pool), dtype=torch.long), tried)
+    def spread() -> None:
+        """Let transfers meet what broke their sources, until that breaks nothing more."""
+        waiting = True
+        while waiting:
+            waiting = False
+            for job, pool in [(job, untried(job)) for job in pairs]:
+                if pool is None:
+                    continue
+                tried[job.name] = {*tried.get(job.name, ()), *pool}
+                waiting = True
+
+                def met(at: Tensor, seed: int, job: Job = job, pool: Mapping[int, Tensor] = pool) -> Outcome:
+                    x_adv = torch.stack([pool[i] for i in at.tolist()]).to(x)
+                    return judged(job, x[at], y[at], x_adv, seed)
+
+                meet(job, torch.tensor(list(pool), dtype=torch.long), met)
+
+    spread()
 
     def checked(job: Job, at: Tensor, x_adv: Tensor) -> None:
         """What a check broke is broken."""
@@ -225,6 +267,7 @@ def evaluate(
             made = [Check(defence.name, "randomness", 1.0, False, words)]
         found += made
         on_progress(len(todo) + len(pairs) + done, total)
+    spread()
     rows = [*ledger.rows, *ledger.worst_rows(defences)]
     return Evaluation(
         mode,
@@ -315,17 +358,11 @@ def _masked(row: Row, checks: Sequence[Check]) -> bool:
 
 
 def _transfers(defences: Sequence[Defence], threats: Sequence[Threat]) -> list[Job]:
-    """First from the smaller threats of a defence to its larger ones, then from one defence to another."""
-    grown = [
-        Job(defence, None, "transfer", threat, defence.name)
-        for defence in defences
-        for threat in sorted(threats, key=lambda threat: threat.eps)
-        if any(threat.holds(smaller) for smaller in threats)
-    ]
-    return grown + [
+    """From one defence to another, and from the smaller threats of a defence to its larger ones."""
+    return [
         Job(target, None, "transfer", threat, source.name)
         for target in defences
         for threat in threats
         for source in defences
-        if source is not target
+        if source is not target or any(threat.holds(smaller) for smaller in threats)
     ]

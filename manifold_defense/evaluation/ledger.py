@@ -12,8 +12,8 @@ from torch import Tensor
 from manifold_defense.evaluation.defence import CHECKED, Defence
 from manifold_defense.evaluation.meter import COSTS
 from manifold_defense.evaluation.outcome import Outcome
+from manifold_defense.evaluation.plan import Job
 from manifold_defense.evaluation.statistics import wilson
-from manifold_defense.evaluation.suite import Job
 from manifold_defense.types import Threat
 
 WORST, UNION = "worst", "union"
@@ -69,6 +69,10 @@ class Ledger:
         """Which images (M,) the job is to meet: those right when clean, or still right."""
         return self._before(job).nonzero()[:, 0]
 
+    def standing(self, job: Job) -> list[int]:
+        """Which images the job's defence still gets right under its threat."""
+        return [int(i) for i in self._scores(job).nonzero()[:, 0]]
+
     def pool(self, job: Job) -> dict[int, Tensor]:
         """What broke the source of a transfer, of the images that its target gets right when clean."""
         assert job.source is not None
@@ -86,18 +90,15 @@ class Ledger:
             self.clean[name] = outcome.score
             self._add(job, outcome.score, outcome)
             return
-        alone, before = _lowered(self._before(job), outcome), self._scores(job)
-        at_the_end = outcome.late | (outcome.score < before[outcome.met]) & (job.view == CHECKED)
-        settled = not (at_the_end & (before[outcome.met] > 0)).any()
-        if job.attack and job.rounds < job.attack.rounds:
-            settled = not alone.any()
-        if not settled:
+        given, before = self._before(job), self._scores(job)
+        alone = _lowered(given, outcome)
+        if not _settled(job, outcome, before):
             self._unsettled.add((name, job.threat))
         self.worst[name, job.threat] = _lowered(before, outcome)
         known = self.broken.setdefault((name, job.threat), {})
         for i, image in zip(outcome.broken.tolist(), outcome.adversarial, strict=True):
             known.setdefault(i, image)
-        self._add(job, alone, outcome, settled)
+        self._add(job, alone, outcome, _settled(job, outcome, given))
 
     def worst_rows(self, defences: Sequence[Defence]) -> Iterator[Row]:
         """Of each defence: what survives everything of each threat, and of all threats."""
@@ -128,6 +129,15 @@ class Ledger:
     def _scores(self, job: Job) -> Tensor:
         assert job.threat is not None
         return self.worst.get((job.defence.name, job.threat), self.clean[job.defence.name])
+
+
+def _settled(job: Job, outcome: Outcome, before: Tensor) -> bool:
+    """Whether nothing was found at the end that lowers scores `before` (N,), or nothing is left of them."""
+    if job.attack and job.rounds < job.attack.rounds:
+        return not _lowered(before, outcome).any()
+    known = before[outcome.met]
+    at_the_end = outcome.late | (outcome.score < known) & (job.view == CHECKED)
+    return not (at_the_end & (known > 0)).any()
 
 
 def _lowered(scores: Tensor, outcome: Outcome) -> Tensor:

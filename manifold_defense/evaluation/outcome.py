@@ -12,7 +12,7 @@ from manifold_defense.attacks.norms import sizes
 from manifold_defense.attacks.objective import correct
 from manifold_defense.evaluation.defence import NO_GRADIENT, Defence
 from manifold_defense.evaluation.meter import COSTS, Meter
-from manifold_defense.evaluation.suite import Job
+from manifold_defense.evaluation.plan import Job
 from manifold_defense.modes import evaluation_mode
 from manifold_defense.randomised import seeded
 from manifold_defense.rejection import credited

@@ -33,12 +33,14 @@ class Paired(NamedTuple):
 def paired(before: Tensor, after: Tensor) -> Paired:
     """Sign test of two scores (N,) of the same images: exact, and blind to images that did not change.
 
-    It sees differences that two intervals, which take the images for different ones, do not.
+    It sees differences that two intervals, which take the images for different ones, do not. Of a model that
+    draws, an image is right that is right in more than half of the draws.
     """
     from scipy.stats import binomtest
 
     if before.shape != after.shape:
         raise ValueError(f"expected scores of the same images, got {len(before)} and {len(after)}")
-    gained, lost = int((after > before).sum()), int((after < before).sum())
+    right, was_right = after > 0.5, before > 0.5
+    gained, lost = int((right & ~was_right).sum()), int((was_right & ~right).sum())
     p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     return Paired(gained, lost, p)

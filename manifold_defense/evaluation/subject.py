@@ -68,6 +68,7 @@ class Subject:
         key = (attack, view, scale)
         if key not in self._kept:
             norm, eps = self.threat.norm, self.threat.eps * scale
+            eps = min(eps, 1.0) if norm == "linf" else eps  # images differ by no more
             model = self.defence.attacked[view]
             if attack == "noise":
                 made = noise(self.defence.answering, self.x, self.y, norm=norm, eps=eps, seed=self.seed)

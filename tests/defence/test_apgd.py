@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from manifold_defense.attacks import apgd, fgsm, geometry, mi_fgsm, pgd
 from manifold_defense.attacks.apgd import _checkpoints
 from manifold_defense.attacks.objective import attack_loss, fooled, logits_and_gradient, margins, towards
+from manifold_defense.certification import linear_worst_margin
 from tests.defence.attack_table import GREY, Linear, gain, images, logits_of, network
 
 LOGITS = torch.tensor([[4.0, 1.0, 3.0, 0.0, -1.0], [0.0, 5.0, 2.0, 1.0, 1.0]])
@@ -35,8 +36,8 @@ def test_with_two_classes_the_ratio_is_the_margin() -> None:
 def test_the_targeted_ratio_by_hand() -> None:
     got = towards(LOGITS, Y, torch.tensor([3, 0]))
     torch.testing.assert_close(got, torch.tensor([(0 - 4) / (4 - 0.5), (0 - 2) / (5 - 1)]))
-    three = towards(LOGITS[:, :3], Y, torch.tensor([1, 0]))
-    torch.testing.assert_close(three, torch.tensor([(1 - 4) / (4 - 1), (0 - 2) / (5 - 0.0)]))
+    three = towards(LOGITS[:, :3], Y, torch.tensor([1, 0]))  # no ratio: to the least of three it is −1
+    torch.testing.assert_close(three, torch.tensor([1.0 - 4, 0.0 - 2]))
     two = towards(LOGITS[:, :2], torch.tensor([0, 1]), torch.tensor([1, 0]))
     torch.testing.assert_close(two, torch.tensor([1.0 - 4, 0.0 - 5]))
 
@@ -126,6 +127,25 @@ def test_targets_find_at_least_what_one_direction_finds(classes: int) -> None:
     plain = fooled(logits_of(model, apgd(model, x, y, eps=0.03, steps=20, loss="dlr")), y, False)
     assert found.float().mean() >= plain.float().mean() - 0.02
     assert 0.05 < found.float().mean() < 1
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_targets_leave_of_a_linear_model_what_can_be_left(classes: int, norm: Any) -> None:
+    x, eps = images(80), {"linf": 0.05, "l2": 0.3, "l1": 0.8}[norm]
+    rng = torch.Generator().manual_seed(classes)
+    weight = torch.randn(classes, x[0].numel(), generator=rng)
+    bias = -(weight @ x.flatten(1).mean(0))
+
+    def model(x: Tensor) -> Tensor:
+        return x.flatten(1) @ weight.T + bias
+
+    y = model(x).argmax(1)
+    x_adv = apgd(model, x, y, norm=norm, eps=eps, steps=60, target_classes=9)
+    left = (model(x_adv).argmax(1) == y).sum()
+    best = (linear_worst_margin(weight, bias, x, y, norm=norm, eps=eps) > 0).sum()
+    assert 8 < best < 72
+    assert left <= best + 1
 
 
 def test_targets_are_for_untargeted_attacks() -> None:

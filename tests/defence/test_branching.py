@@ -68,6 +68,21 @@ def test_decides_as_trying_all_images_does(binarised: Preprocessed, digits: Any,
     assert alone.sum() < expected.sum() < len(x)
 
 
+def test_decides_where_the_last_neurons_are_a_convolution_s(binarised: Preprocessed, digits: Any) -> None:
+    classifier = seeded(0, lambda: ImageClassifier((1, 8, 8), 10, ArchitectureConfig("shallow", width=2)))
+    classifier.body = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Flatten())
+    classifier.head = seeded(1, lambda: nn.Linear(128, 10))
+    model = Preprocessed(Binarise(), classifier.eval())
+    x = boxes_of(digits[0][:30], 6)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    found = decide(model, x, y, EPS, boxes=500)
+    for i in range(len(x)):
+        alone = labels_in(model, x[i]) == {int(y[i])}
+        assert (bool(found.proved[i]), bool(found.broken[i])) == (alone, not alone)
+    assert 0 < found.proved.sum() < len(x)
+
+
 def test_an_image_that_refutes_is_one(binarised: Preprocessed, digits: Any) -> None:
     x, y = digits[0][:60], digits[1][:60]
     found = decide(binarised, x, y, EPS, boxes=50)

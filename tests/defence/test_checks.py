@@ -93,6 +93,7 @@ MASKED: dict[str, tuple[dict[str, Callable[[Tensor], Tensor]], set[str]]] = {
     "shattered": ({"before": shattered}, {"stability"}),
     "logits × 1000": ({"after": lambda z: 1000 * z}, {"saturation"}),
     "logits − 100": ({"after": lambda z: z - 100}, {"offset"}),
+    "logits / 10,000 + 45": ({"after": lambda z: z / 10_000 + 45}, {"offset"}),
     "softmax": ({"after": lambda z: z.softmax(1)}, {"probabilities"}),
     "noisy": ({"before": noisy}, {"randomness"}),
     "batch": ({"before": beside}, {"batch"}),
@@ -205,6 +206,10 @@ def test_an_affine_margin_vanishes_where_the_label_changes(gain: float) -> None:
 def test_an_answer_that_depends_on_the_size_of_the_batch_is_flagged(learned: Any) -> None:
     model, x, y = learned
     assert "batch" in failed(Defence.bare("alone", Alone(model)), x, y)
+    # Evaluations ask in large batches what is then asked an image at a time: eight are no large one.
+    for served in (8, 29):
+        sturdy = Changed(model, before=lambda x, most=served: x if len(x) <= most else (x + 0.1).clamp(max=1))
+        assert not checks.batch(Subject(Defence.bare("served", sturdy), LINF, x[:30], y[:30])).passed
 
 
 def test_a_model_that_remembers_is_flagged(learned: Any) -> None:

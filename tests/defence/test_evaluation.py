@@ -251,6 +251,42 @@ def test_what_breaks_within_a_smaller_threat_breaks_within_a_larger_one() -> Non
         assert found.transfers() == []  # nobody else is fooled
 
 
+def test_what_a_transfer_breaks_is_carried_on() -> None:
+    """To larger threats, and to the other defences; so is what the checks broke."""
+    x, y = numbered(5)
+    a, b, near = Defence.bare("a", Table(A)), Defence.bare("b", Table(A)), Threat("linf", 0.25)
+
+    class OnlyNearA(Push):
+        def bind(self, threat: Threat, *, seed: int, press: bool, **more: Any) -> Any:
+            attack = super().bind(threat, seed=seed, press=press)
+            weak = threat == near and more["model"] is a.model
+            return attack if weak else lambda model, x, y: x
+
+    for mode in ("standard", "full"):
+        for defences in ([a, b], [b, a]):
+            found = evaluate(defences, [OnlyNearA.of(0.2)], [FAR, near], x, y, checks=0, mode=mode)
+            assert {tuple(score.tolist()) for score in found.worst.values()} == {(0, 0, 0, 1, 1)}
+            # What b gave way to came from a: that it breaks a as well is no news.
+            assert [r["source"] for r in found.transfers()] == ["a"] * len(found.transfers())
+
+
+def test_what_the_checks_broke_is_tried_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = numbered(5)
+    a, b, far = Defence.bare("a", Table(A)), Defence.bare("b", Table(A)), Threat("linf", 0.6)
+
+    def examine(defence: Defence, threat: Threat, *given: Any, keep: Any, **more: Any) -> list[Any]:
+        if defence is a and threat == FAR:
+            moved = x[(found := ~(x.flatten(1) > 1).any(1))][1:].clone()
+            assert found.all()
+            moved[:, 0, 0, 0] = 0.2
+            keep(moved)
+        return []
+
+    monkeypatch.setattr(import_module("manifold_defense.evaluation.evaluate"), "examine", examine)
+    found = evaluate([a, b], [Push.of(0.05)], [FAR, far], x, y, checks=4)
+    assert {tuple(score.tolist()) for score in found.worst.values()} == {(0, 0, 0, 1, 1)}
+
+
 def test_no_two_jobs_draw_the_same_and_defences_do(classifier: nn.Module) -> None:
     """A start that another attack had, or queries that it asked, would be lost passes."""
     x, y = labelled(classifier)

@@ -89,6 +89,19 @@ def test_what_was_broken_before_is_no_sign_that_an_attack_has_not_settled() -> N
         assert worst == {("linf", 0.5): settled, ("linf", 0.15): True, ("union", 0.0): settled}
 
 
+def test_in_mode_full_a_row_says_of_its_own_attack_whether_it_has_settled() -> None:
+    x, y = numbered(5)
+    attacks = [Push.of(0.3, loss="margin"), Rising.rounds_of(0.1, 0.2, 0.2)]
+    found = evaluate([Defence.bare("a", Table(A))], attacks, [FAR], x, y, mode="full", checks=0)
+    settled = {(r.attack, r.robust_accuracy): r.settled for r in found.rows}
+    assert settled == {
+        ("clean", 0.8): True,
+        ("pgd-margin", 0.2): True,
+        ("pgd", 0.4): False,
+        ("worst", 0.2): True,
+    }
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_rounds_are_of_all_images_whatever_the_batches(size: int) -> None:
     """A batch in which a round breaks nothing meets the next with the others, on draws of its own."""

@@ -76,6 +76,19 @@ def test_smoothing_does_not_depend_on_the_batch_and_leaves_nothing_behind(
     assert not torch.equal(whole.radius, other.radius)
 
 
+def test_no_draw_that_chose_the_class_is_counted_again_as_its_proof() -> None:
+    """Chosen and proved on the same draws the most frequent class would look more frequent than it is."""
+    asked: list[Tensor] = []
+
+    def model(x: Tensor) -> Tensor:
+        asked.append(x.flatten(1))
+        return torch.stack([x.flatten(1).sum(1), torch.zeros(len(x))], 1)
+
+    smoothed_certify(model, torch.full((1, 1, 2, 2), 0.5), SmoothingConfig(selection=20, draws=30))
+    assert [len(draws) for draws in asked] == [20, 30]
+    assert len(torch.cat(asked).unique(dim=0)) == 50
+
+
 def test_a_smoothed_model_keeps_its_answer_inside_the_radius(hardened: ImageClassifier, digits: Any) -> None:
     """Attacked through the mean of its own noise; the vote is taken anew on what comes out."""
     x, config = digits[0][:20], SmoothingConfig(sigma=0.25, draws=2_000, batch_size=2_000)

@@ -34,6 +34,8 @@ def test_wilson_as_published() -> None:
         ([1, 1, 1, 0], [1, 1, 1, 0], (0, 0, 1.0)),
         ([0.0] * 5, [1.0] * 5, (5, 0, 2 / 2**5)),
         ([1.0] * 3 + [0.0], [0.0, 0.5, 0.0, 1.0], (1, 3, 2 * (1 + 4) / 2**4)),
+        # Of a model that draws: right is what is right in most draws, however few more or less they are.
+        ([1.0] * 5 + [0.2] * 3, [0.99] * 5 + [0.9] * 3, (3, 0, 2 / 2**3)),
         ([], [], (0, 0, 1.0)),
     ],
 )
