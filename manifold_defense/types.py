@@ -40,6 +40,7 @@ class Projection(NamedTuple):
     image: Tensor  # (N, C, H, W), G(z)
     error: Tensor  # (N,) mean squared distance to the input, per pixel
     steps: Tensor  # (N,) generator gradient evaluations spent, all restarts together
+    restart: Tensor  # (N,) int64, which of the restarts z is of
 
 
 @dataclass(frozen=True)

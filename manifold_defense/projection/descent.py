@@ -201,7 +201,8 @@ def _project_chunk(problem: Problem, x: Tensor, start: Tensor) -> Projection:
     with torch.no_grad():
         image = problem.generator(z)
         error = (image - x).square().flatten(1).mean(1)
-    return Projection(z, image, error, path.spent.view(start.shape[:2]).sum(1))
+    spent, restarts = path.spent.view(start.shape[:2]).sum(1), start.shape[1]
+    return Projection(z, image, error, spent, winner % restarts)
 
 
 class _Path:
