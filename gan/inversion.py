@@ -41,12 +41,19 @@ Agree = Callable[[Tensor], Meaning]
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Training of the encoder; `images` counts real images seen (0: it stays as it is).
+    """Training of the encoder.
 
     The loss is `‖G(E(x')) − x‖² + agreement_weight · P · KL(f(x) ‖ f(G(E(x'))))` on data, x' being x or what
     a disturbance makes of it, P its pixels and f the answers of a classifier, plus
-    `latent_weight · ‖E(G(z)) − z‖²` on samples. `clean_share` is the weight of the loss at x beside that
-    at x'.
+    `latent_weight · ‖E(G(z)) − z‖²` on samples.
+
+    images             real images seen in the whole training (0: it stays as it is)
+    batch_size         images a step and process
+    lr                 of Adam at the start; it falls along a cosine
+    latent_weight      of the loss on samples
+    average_half_life  images after which a step's weights count half in the average that is kept
+    clean_share        weight of the loss at x beside that at x'
+    agreement_weight   of the answers of a classifier that reconstructions are to keep (0: none is asked)
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.settings

@@ -20,8 +20,12 @@ LEAK = 0.2
 class NetworkConfig:
     """Sizes of the three networks.
 
-    A network of width w has w channels at full resolution and twice as many after each halving,
-    up to `max_width`. `blocks` residual blocks stand at every resolution of the generator.
+    latent_dim       length of z
+    generator_width  channels at full resolution, twice as many after each halving
+    critic_width     likewise
+    encoder_width    likewise
+    max_width        channels at most
+    blocks           residual blocks at every resolution of the generator
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.settings

@@ -27,8 +27,19 @@ from gan.sampling import step_rng
 class GanConfig:
     """Training of the generator; lengths are counted in real images that its own steps see.
 
-    `reconstruction_weight` trains the encoder jointly, by `‖G(E(x)) − x‖²` summed over pixels
-    (0: no joint encoder); `latent_weight` adds `‖E(G(z)) − z‖²` for the encoder alone.
+    loss                   r3gan (Huang et al. 2024) or wgan_gp (Gulrajani et al. 2017)
+    images                 seen in the whole training
+    batch_size             images a step and process
+    critic_steps           steps of the critic before each of the generator
+    lr                     of Adam at the start; it falls along a cosine
+    beta1                  of Adam
+    beta2                  of Adam
+    penalty_weight         of the critic's gradient penalty
+    penalty_every          how many steps of the critic apart it is computed, at as many times the weight
+    reconstruction_weight  of `‖G(E(x)) − x‖²`, summed over pixels, which trains the encoder jointly (0: no
+                           joint encoder)
+    latent_weight          of `‖E(G(z)) − z‖²`, for the encoder alone
+    average_half_life      images after which a step's weights count half in the average that is kept
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.settings

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ArchitectureConfig:
-    """What a classifier is made of; channels in proportion to `width`.
+    """What a classifier is made of.
 
-    cnn       three convolutions, the last two strided, and a hidden layer of 128
-    shallow   two, 5 × 5, the second strided, and that hidden layer: shorter, hence tighter to bound
-    resnet18  torchvision's, of its own width
+    name   cnn: three convolutions, the last two strided, and a hidden layer of 128; shallow: two, 5 × 5, the
+           second strided, and that hidden layer: shorter, hence tighter to bound; resnet18: torchvision's
+    width  channels are in proportion to it, but for resnet18
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.settings

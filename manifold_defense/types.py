@@ -47,11 +47,10 @@ class Projection(NamedTuple):
 class Threat:
     """All images that an attacker may put in the place of a clean one.
 
-    norm        eps
-    linf l2 l1  radius of the ball, in pixel units of [0, 1], over all channels
-    l0          how many pixels may change, whatever their channels
-    patch       side of the one square, in pixels, inside which everything may change
-    corruption  severity, 1 to 5, of the natural corruptions in `attacks.corruptions`
+    norm  what bounds the change: linf, l2 or l1, a ball; l0, few pixels; patch, one square; corruption
+    eps   of a ball the radius, in pixel units of [0, 1], over all channels; of l0 how many pixels may change,
+          whatever their channels; of a patch its side in pixels, inside which everything may change; of a
+          corruption its severity, 1 to 5 (see `attacks.corruptions`)
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.settings

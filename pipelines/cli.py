@@ -15,10 +15,30 @@ import click
 
 from pipelines.failures import fail, reported
 
+_ORDER = (
+    "run",
+    "stages",
+    "config",
+    "filter",
+    "train-gan",
+    "train-classifier",
+    "harden",
+    "train-encoder",
+    "project",
+    "evaluate",
+    "certify",
+    "report",
+    "export",
+)
+
 # Kept light: what needs torch is imported when a command runs, so that `--help` answers at once.
 
 
 class _Group(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """As they follow one another: in a pipeline the alphabet says nothing."""
+        return sorted(self.commands, key=_ORDER.index)
+
     def invoke(self, ctx: click.Context) -> Any:
         with reported("interrupted; run the same command again to resume"):
             return super().invoke(ctx)
@@ -46,13 +66,18 @@ def main() -> None:
 
 def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option("--run", "run_name", metavar="NAME", help="Folder of the run below runs/."),
+        click.option(
+            "--run",
+            "run_name",
+            metavar="NAME",
+            help="Folder of the run below runs/ (default: digits, or as the --config says).",
+        ),
         click.option(
             "--set",
             "settings",
             multiple=True,
             metavar="KEY=VALUE",
-            help="Override one setting, such as gan.images=200_000; repeatable.",
+            help="Override one setting of `config`, such as gan.images=200_000; repeatable.",
         ),
         click.option(
             "--config",
@@ -95,12 +120,13 @@ def _console() -> Any:
 
 
 @main.command()
+@click.option("--explain", is_flag=True, help="Say what each setting means.")
 @_config_options
-def config(config_file: Path | None, settings: tuple[str, ...], run_name: str | None) -> None:
+def config(explain: bool, config_file: Path | None, settings: tuple[str, ...], run_name: str | None) -> None:
     """Print the resolved configuration, as a TOML file that can be used again."""
     from pipelines.settings import to_toml
 
-    click.echo(to_toml(_load(config_file, settings, run_name)), nl=False)
+    click.echo(to_toml(_load(config_file, settings, run_name), explain=explain), nl=False)
 
 
 @main.command()
@@ -141,7 +167,11 @@ def run(
     settings: tuple[str, ...],
     run_name: str | None,
 ) -> None:
-    """Run the pipeline, up to STAGE if one is named, and show the results."""
+    """Run the pipeline, up to STAGE if one is named, and show the results.
+
+    The stages are train-gan, train-classifier, harden, train-encoder, project, evaluate, certify, report and
+    export; each is a command of its own as well.
+    """
     from pipelines.run import everything, run_stages, upstream
     from pipelines.stages import STAGES
 

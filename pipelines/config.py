@@ -6,6 +6,7 @@ Defaults describe the `digits` run.
 from __future__ import annotations
 
 import string
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -32,7 +33,14 @@ _STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True)
 class FabricConfig:
-    """Devices, processes and precision, as Lightning Fabric names them. Never part of a result's identity."""
+    """Devices, processes and precision, as Lightning Fabric names them. Never part of a result's identity.
+
+    accelerator  auto, cpu, cuda or mps
+    devices      how many, or auto
+    strategy     auto, ddp or another of Fabric's
+    num_nodes    machines
+    precision    32-true; bf16-mixed trains about twice as fast on hardware that has bfloat16; 16-mixed
+    """
 
     __pydantic_config__: ClassVar = _STRICT
 
@@ -98,7 +106,8 @@ class ClassifierConfig:
 class ProjectStageConfig:
     """The stage `project`: how well test images are projected, clean and attacked with PGD.
 
-    `images` 0 takes all test images; the attack knows nothing of the filter.
+    images  test images (0: all)
+    threat  of the attack, which knows nothing of the filter
     """
 
     __pydantic_config__: ClassVar = _STRICT
@@ -141,7 +150,7 @@ class HardenConfig:
     """One variant of the classifier: how it is trained, starting from the clean one.
 
     name          of its folder and of its rows
-    objective     what is made small, by `name` and with its own settings; see `manifold_defense.hardening`
+    objective     what is made small, by `name` and with its own settings; see docs/hardening.md
     start         an earlier variant to start from, or the folder of a classifier (which a slash tells), in
                   place of the clean one
     architecture  of a network of its own, trained from scratch, in place of that of the clean classifier
@@ -189,11 +198,13 @@ class HardenConfig:
 
 @dataclass(frozen=True)
 class CertifyConfig:
-    """What is proved of every classifier of the run, on `images` test images (0: all).
+    """What is proved of every classifier of the run.
 
+    images             test images (0: all)
     methods            lipschitz and smoothing: L2; intervals: L∞; branching: L∞, behind binarise alone;
                        distance: L2, of a classifier of its own
-    radii_l2, _linf    where certified accuracy is tabulated, and PGD tried against the proofs
+    radii_l2           where certified accuracy is tabulated, and PGD tried against the proofs
+    radii_linf         likewise
     smoothing          noise, draws and level of randomized smoothing, of classifiers bare and filtered
     bank               training images that the distance classifier keeps, the first of a stratified shuffle
     patches            affine patches that it makes of them for each class (0: the images themselves)
@@ -255,17 +266,28 @@ def _one_or_more(value: Any) -> Any:
 
 def _named_suite(value: Any) -> Any:
     """A name stands for the attacks of that suite."""
+    return _named(value, SUITES, "a list of attacks")
+
+
+def _named_preset(value: Any) -> Any:
+    """A name stands for the settings of that preset."""
+    return _named(value, PRESETS, "a table")
+
+
+def _named(value: Any, known: Mapping[str, Any], otherwise: str) -> Any:
     if not isinstance(value, str):
         return value
-    if value not in SUITES:
-        raise ValueError(f"expected {', '.join(SUITES)} or a list of attacks, got {value!r}")
-    return SUITES[value]
+    if value not in known:
+        raise ValueError(f"expected {', '.join(known)} or {otherwise}, got {value!r}")
+    return known[value]
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is measured: every attack on every defence for every threat, on `images` test images (0: all).
+    """What is measured: every attack on every defence for every threat.
 
+    images      test images (0: all)
+    batch_size  of attacks; bounds memory
     mode        standard: an attack meets the images that the cheaper ones before it left; full: all
     baselines   preprocessing in front of the plain classifier, beside the filter
     mixed       share of what a hardened classifier, or your own, says of the drawing beside what it says of
@@ -275,6 +297,7 @@ class EvaluateConfig:
     checks      images on which the signs of masked gradients are looked for (0: none are)
     classifier  package.module:function of your own one, or its folder, in place of those of the run
     filter      folder of the filter to put in front of it; without, it stands beside baselines alone
+    threats     by `norm` and `eps`
     attacks     a list of tables, or the name of a suite: quick, for a first look, or thorough, for figures
                 that are to be quoted (`manifold_defense.evaluation.suites`)
     """
@@ -319,10 +342,14 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a run depends on; `run` names its folder below `runs/`.
+    """Everything that a run depends on.
 
-    filter   folder of a finished filter, instead of a GAN of the run's own; its encoder is trained on
-             (encoder.images = 0: not at all)
+    run         its folder below runs/
+    seed        of all draws
+    filter      folder of a finished filter, instead of a GAN of the run's own; its encoder is trained on
+                (encoder.images = 0: not at all)
+    projection  a table, or the name of a preset: robust, fast, accurate, reference
+    harden      variants of the classifier, a table each
     """
 
     __pydantic_config__: ClassVar = _STRICT
@@ -335,7 +362,7 @@ class Config:
     gan: GanConfig = field(default_factory=GanConfig)
     encoder: EncoderStageConfig = field(default_factory=EncoderStageConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
-    projection: ProjectionConfig = PRESETS["robust"]
+    projection: Annotated[ProjectionConfig, BeforeValidator(_named_preset)] = PRESETS["robust"]
     project: ProjectStageConfig = field(default_factory=ProjectStageConfig)
     harden: Annotated[tuple[HardenConfig, ...], BeforeValidator(_one_or_more)] = (HardenConfig(),)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

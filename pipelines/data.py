@@ -53,18 +53,28 @@ class NoImagesError(DataError):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images to read and how training sees them. Raises `ValueError` for a value out of range."""
+    """Which images to read and how training sees them. Raises `ValueError` for a value out of range.
+
+    name          digits, mnist, fashion_mnist, cifar10 or image_folder
+    root          torchvision's root, or the folder that holds train/CLASS/* and test/CLASS/*
+    image_size    of image_folder alone: pixels a side, 64 at most
+    channels      of image_folder alone: 1 grey, 3 RGB
+    shift         classifiers are trained on images shifted at random by up to so many pixels
+    flip          all training sees images flipped at random from left to right
+    train_images  the first so many of a class-stratified shuffle (0: all)
+    test_images   likewise
+    """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     name: str = "digits"
-    root: Path = Path("data")  # torchvision's root, or the image folder that holds train/ and test/
-    image_size: int = 32  # image_folder only: pixels a side
-    channels: int = 3  # image_folder only: 1 grey, 3 RGB
-    shift: int = 0  # augmentation of classifier training: random shift of up to this many pixels
-    flip: bool = False  # augmentation of every training: random horizontal flip
-    train_images: int = 0  # 0: all; else the first so many of a fixed class-stratified shuffle
-    test_images: int = 0  # likewise
+    root: Path = Path("data")
+    image_size: int = 32
+    channels: int = 3
+    shift: int = 0
+    flip: bool = False
+    train_images: int = 0
+    test_images: int = 0
 
     def __post_init__(self) -> None:
         for key, valid, choices in (

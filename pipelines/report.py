@@ -111,7 +111,7 @@ def _verdict(before: Mapping[str, Any], after: Mapping[str, Any], found: Mapping
     if not (before["settled"] and after["settled"]):
         figures += ", not settled"
     if found["p"] > 0.05:
-        return f"no difference: {figures}"
+        return f"no significant difference: {figures}"
     return f"the filter {'helps' if gained > lost else 'harms'}: {figures}"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import json
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -116,7 +117,9 @@ def _apply(values: dict[str, Any], setting: str) -> None:
         values = inner
     try:
         values[last] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except tomllib.TOMLDecodeError as error:
+        if text.lstrip().startswith(("[", "{")):
+            raise ConfigError(f"--set {setting}: not TOML: {error}") from None
         values[last] = text
 
 
@@ -217,21 +220,45 @@ def known_keys(kind: Any = Config, prefix: str = "") -> list[str]:
     return keys
 
 
-def to_toml(config: Any, table: str = "") -> str:
-    """A resolved configuration as TOML that `load_config` reads back to the same value."""
+def to_toml(config: Any, table: str = "", *, explain: bool = False) -> str:
+    """A resolved configuration as TOML that `load_config` reads back to the same value.
+
+    With `explain` a comment says what each key means; of an array of tables, in the first.
+    """
     scalars, tables = [], []
+    known = meanings(type(config)) if explain else {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         name = f"{table}.{item.name}" if table else item.name
+        comment = "".join(f"# {line}\n" for line in known.get(item.name, ()))
         if dataclasses.is_dataclass(value):
-            tables.append(f"\n[{name}]\n{to_toml(value, name)}")
+            tables.append(f"\n{comment}[{name}]\n{to_toml(value, name, explain=explain)}")
         elif value is None:
             continue
         elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-            tables += [f"\n[[{name}]]\n{to_toml(entry, name)}" for entry in value]
+            for i, entry in enumerate(value):
+                entries = to_toml(entry, name, explain=explain and i == 0)
+                tables.append(f"\n{'' if i else comment}[[{name}]]\n{entries}")
         else:
-            scalars.append(f"{item.name} = {_toml_value(value)}\n")
+            scalars.append(f"{comment}{item.name} = {_toml_value(value)}\n")
     return "".join(scalars + tables)
+
+
+def meanings(kind: type) -> dict[str, list[str]]:
+    """What the docstrings of a dataclass say of its fields, a field's lines under its name."""
+    fields = {item.name for item in dataclasses.fields(kind)}
+    found: dict[str, list[str]] = {}
+    for owner in reversed(kind.__mro__):
+        lines: list[str] | None = None
+        for line in inspect.cleandoc(owner.__doc__ or "").splitlines():
+            name, gap, text = line.partition("  ")
+            if name in fields and gap:
+                lines = found[name] = [text.strip()]
+            elif lines is not None and line.startswith("   "):
+                lines.append(line.strip())
+            else:
+                lines = None
+    return found
 
 
 def _toml_value(value: Any) -> str:

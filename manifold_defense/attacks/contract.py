@@ -57,8 +57,10 @@ def _check(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> None:
 
 
 def _check_radius(eps: float, most: float) -> None:
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps: expected a finite number of at least 0, got {eps}")
+    if not eps >= 0:
+        raise ValueError(f"eps: expected at least 0, got {eps}")
+    if math.isinf(eps):
+        raise ValueError(f"eps: expected a finite number, got {eps}")
     if eps > most:
         raise ValueError(
             f"eps: expected at most {most:g} in linf, by which images differ (8/255 is 0.0314), got {eps:g}"

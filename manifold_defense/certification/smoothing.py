@@ -21,9 +21,13 @@ from manifold_defense.types import Classifier
 
 @dataclass(frozen=True)
 class SmoothingConfig:
-    """`sigma` of the noise in pixels; `selection` draws choose the class (n₀), `draws` more prove it (n).
+    """Noise, draws and level of randomized smoothing.
 
-    A certificate is wrong with probability at most `alpha`, for each image by itself.
+    sigma       of the noise, in pixels
+    selection   draws that choose the class (n₀)
+    draws       more that prove it (n)
+    alpha       probability at most that a certificate is wrong, for each image by itself
+    batch_size  draws a pass; bounds memory
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.settings

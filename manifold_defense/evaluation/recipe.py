@@ -182,6 +182,7 @@ _NUMBERS = ("steps", "restarts", "tries", "queries")  # fields of `AttackConfig`
 class AttackConfig:
     """One attack of the suite and its strength.
 
+    name       of the attack (docs/evaluation.md)
     steps      gradient passes; for noise and corruption the draws, for square, sparse_rs and
                hop_skip_jump the queries of the model (0: the attack's own number)
     restarts   of those that have some; for cw the searches on its constant (0: the attack's own number)

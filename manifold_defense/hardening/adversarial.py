@@ -18,7 +18,7 @@ from manifold_defense.types import Ball, Classifier, Threat
 
 @dataclass(frozen=True)
 class Pgd(InBall):
-    """PGD adversarial training (Madry et al. 2018); the radius grows over the first `ramp` of training."""
+    """PGD adversarial training (Madry et al. 2018)."""
 
     name: Literal["pgd"] = "pgd"
     steps: int = 5
@@ -53,11 +53,14 @@ def training_attack(
 
 @dataclass(frozen=True)
 class Fast(InBall):
-    """One step of `1.25 eps` from a random start (Wong, Rice & Kolter 2020): PGD-like at the price of two
-    passes, as long as it does not collapse to a robustness against single steps alone."""
+    """One step from a random start (Wong, Rice & Kolter 2020): PGD-like at the price of two passes, as
+    long as it does not collapse to a robustness against single steps alone.
+
+    step_size  of that step, in units of eps
+    """
 
     name: Literal["fast"] = "fast"
-    step_size: float = 1.25  # in units of eps
+    step_size: float = 1.25
     clean_share: float = 0.0
 
     def __post_init__(self) -> None:
@@ -76,7 +79,10 @@ class Fast(InBall):
 
 @dataclass(frozen=True)
 class Trades(InBall):
-    """`ℓ(f(x), y) + β KL(f(x) ‖ f(x_adv))`, x_adv where the KL is largest (Zhang et al. 2019, eq. 5)."""
+    """`ℓ(f(x), y) + β KL(f(x) ‖ f(x_adv))`, x_adv where the KL is largest (Zhang et al. 2019, eq. 5).
+
+    beta  β
+    """
 
     name: Literal["trades"] = "trades"
     steps: int = 5
@@ -114,8 +120,11 @@ class Trades(InBall):
 
 @dataclass(frozen=True)
 class Mixture(InBall):
-    """Clean images and MI-FGSM's of them in one loss, `clean_share` of it clean (Dong et al. 2018 attack;
-    the mixing of Goodfellow et al. 2015)."""
+    """Clean images and MI-FGSM's of them in one loss (Dong et al. 2018 attack; the mixing of Goodfellow et
+    al. 2015).
+
+    decay  of the attack's momentum
+    """
 
     name: Literal["mixture"] = "mixture"
     norms: ClassVar[tuple[Ball, ...]] = ("linf", "l2")
@@ -150,7 +159,9 @@ class Mixture(InBall):
 class Curriculum(Base):
     """First PGD in an L2 ball, then in an L∞ ball, each with a radius that grows over half of its time.
 
-    `switch` is the share of the training at which the second begins.
+    eps_l2  radius of the first, in pixels
+    eps     of the second
+    switch  share of the training at which the second begins
     """
 
     name: Literal["curriculum"] = "curriculum"

@@ -19,11 +19,15 @@ from manifold_defense.types import Classifier, Threat
 class IntervalBounds(Base):
     """Interval bound propagation (Gowal et al. 2018): `κ ℓ(f(x)) + (1 − κ) ℓ(bounds)`.
 
-    After `warmup` of the training, on clean images alone, the radius grows to eps over `ramp` of it while
-    κ falls from 1 to `kappa`. With `free` below 1 only that share of the pixels, drawn anew, is bounded over
-    all its reach; the others stand where an attack of `steps` puts them (after Müller et al. 2023, who bound
-    a smaller box around it): a classifier less held back, of which intervals alone prove less, and branch
-    and bound more. The model must be one that the bounds can follow, a binarised one for example.
+    The model must be one that the bounds can follow, a binarised one for example.
+
+    eps     radius of the box, L∞, in pixels
+    kappa   κ at the end; it falls from 1 as the radius grows
+    warmup  share of the training, on clean images alone, before the radius grows
+    ramp    share over which it grows
+    free    share of the pixels, drawn anew, that is bounded over all its reach; the others stand where an
+            attack puts them (after Müller et al. 2023, who bound a smaller box around it): a classifier less
+            held back, of which intervals alone prove less, and branch and bound more
     """
 
     name: Literal["interval_bounds"] = "interval_bounds"

@@ -33,9 +33,9 @@ class Disturbance:
               the reconstruction error, as PGD climbs a loss (Madry et al. 2018)
     threats   by turns; one that is named twice has two of them
     steps     gradients that are climbed; corruptions have none
-    windows   under L2 and L1 the climb begins at the worst of so many windows, rectangles turned bright or
-    pieces    dark, and of so many pieces of other images, where the attack `window_pgd` begins; of none:
-              from a perturbation drawn in the ball
+    windows   under L2 and L1 the climb begins, as `window_pgd` does, at the worst of so many rectangles that
+              turn bright or dark, and of the pieces below; without either it begins at random in the ball
+    pieces    so many rectangles that turn into a piece of another image
     tries     draws of a patch, or of a corruption, of which each image meets the worst
     ramp      share of the training over which the radius of a ball grows from 0
     """

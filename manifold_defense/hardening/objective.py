@@ -54,7 +54,14 @@ class Objective(Protocol):
 
 
 class Base:
-    """What most objectives are: for no ball, in need of nothing."""
+    """What most objectives are: for no ball, in need of nothing.
+
+    Of their settings these are the same in all that have them:
+
+    name         of the objective
+    steps        gradients of each attack
+    clean_share  weight of clean images beside attacked ones
+    """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.settings
     needs_manifold: ClassVar[bool] = False
@@ -70,7 +77,12 @@ class Base:
 
 @dataclass(frozen=True)
 class InBall(Base):
-    """For one ball, whose radius grows to eps over the first `ramp` of the training."""
+    """For one ball, whose radius grows to eps.
+
+    norm  of the ball
+    eps   its radius, in pixel units of [0, 1]
+    ramp  share of the training over which it grows from 0
+    """
 
     norms: ClassVar[tuple[Ball, ...]] = get_args(Ball)  # that the objective is for
     norm: Ball = "linf"

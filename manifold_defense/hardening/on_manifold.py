@@ -36,8 +36,10 @@ def _on_manifold_attack(
 class Latent(Base):
     """On-manifold adversarial training (Stutz, Hein & Schiele 2019) around E(x).
 
-    Lowers the test error; by itself it gives no robustness off the manifold. `eps` is in units of the
-    prior's standard deviation, in L∞; at 0.3 a generator of all classes leaves the class of most images.
+    Lowers the test error; by itself it gives no robustness off the manifold.
+
+    eps  radius in latents, L∞, in standard deviations of the prior; at 0.3 a generator of all classes leaves
+         the class of most images
     """
 
     needs_manifold: ClassVar[bool] = True
@@ -56,7 +58,10 @@ class Latent(Base):
 
 @dataclass(frozen=True)
 class Dual(InBall):
-    """Dual-manifold training (Lin et al. 2020): half on attacks in pixels, half on attacks in latents."""
+    """Dual-manifold training (Lin et al. 2020): half on attacks in pixels, half on attacks in latents.
+
+    eps_latent  radius of the latter, as `eps` of `Latent`
+    """
 
     needs_manifold: ClassVar[bool] = True
     name: Literal["dual"] = "dual"
@@ -79,10 +84,18 @@ class Dual(InBall):
 class RobustManifold(Base):
     """PGD training, and overpowered pairs found against the model of the moment (Ilyas et al. 2017).
 
-    Each step looks for `pairs` pairs within `pair_eps` (L2) that the model tells apart, and adds `weight`
-    times their mean cross-entropy. Both ends start in one image's latent, so they are meant to have its
-    label; pairs of which an end is nearer to an image of another label in the batch, in latents, straddle
-    a true boundary and are dropped. `eps` 0 leaves the images clean.
+    Each step looks for pairs that the model tells apart, and adds their mean cross-entropy. Both ends start
+    in one image's latent, so they are meant to have its label; pairs of which an end is nearer to an image
+    of another label in the batch, in latents, straddle a true boundary and are dropped.
+
+    norm        of PGD's ball
+    eps         its radius, in pixels; 0 leaves the images clean
+    ramp        share of the training over which it grows from 0
+    weight      of the pairs
+    pairs       looked for at each step
+    pair_eps    how far apart they may lie, L2, in pixels
+    pair_steps  of that search
+    spread      of its starts about E(x), in standard deviations of the prior
     """
 
     needs_manifold: ClassVar[bool] = True
@@ -95,7 +108,7 @@ class RobustManifold(Base):
     pairs: int = 16
     pair_eps: float = 1.0
     pair_steps: int = 10
-    spread: float = 0.1  # of the starts about E(x), in standard deviations of the prior
+    spread: float = 0.1
 
     def __post_init__(self) -> None:
         check(

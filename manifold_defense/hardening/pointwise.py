@@ -25,8 +25,11 @@ class Clean(Base):
 
 @dataclass(frozen=True)
 class Noise(Base):
-    """Cross-entropy under Gaussian noise of `sigma`, not clipped: what randomized smoothing is trained with
-    (Cohen, Rosenfeld & Kolter 2019). Against an attack it masks more than it defends."""
+    """Cross-entropy under Gaussian noise, not clipped: what randomized smoothing is trained with (Cohen,
+    Rosenfeld & Kolter 2019). Against an attack it masks more than it defends.
+
+    sigma  of the noise, in pixels
+    """
 
     name: Literal["noise"] = "noise"
     sigma: float = 0.25
@@ -70,6 +73,8 @@ class Distillation(Base):
     `temperature`; deployed at 1, where the softmax is flat and cross-entropy has no gradient left.
 
     Without a teacher the labels are learned at the temperature: such a teacher has to be trained first.
+
+    temperature  by which logits are divided
     """
 
     takes_teacher: ClassVar[bool] = True

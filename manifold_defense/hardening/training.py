@@ -31,7 +31,14 @@ _VALIDATIONS = 20
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Length, counted in images seen, and pace of a classifier's training (AdamW, one cosine)."""
+    """Length and pace of a classifier's training.
+
+    images             seen in the whole training
+    batch_size         images a step and process
+    lr                 of AdamW at the start; it falls along a cosine
+    weight_decay       of AdamW
+    average_half_life  images after which a step's weights count half in the average that is kept
+    """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.settings
 

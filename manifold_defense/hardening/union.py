@@ -23,6 +23,8 @@ class Union(Base):
     The loss of TRADES (Zhang et al. 2019, eq. 5), the turns of Madaan, Shin & Hwang 2021, for the union of
     Tramèr & Boneh 2019. x' is where `disturbance` leads up the lead of another class, the very images that
     `train-encoder` trains an encoder on: what a filter gains is to be measured beside this.
+
+    beta  β
     """
 
     name: Literal["union"] = "union"

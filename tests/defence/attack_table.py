@@ -104,7 +104,6 @@ ATTACKS: dict[str, partial[Tensor]] = {
     "fab-l1": partial(fab, norm="l1", eps=4.0, steps=20),
     "fab-l2": partial(fab, **L2, steps=20),
     "fab-linf": partial(fab, **LINF, steps=20, restarts=2),
-    "fab-nearest": partial(fab, norm="linf", steps=20, restarts=3),
     "deepfool-l2": partial(deepfool, **L2, steps=10),
     "deepfool-linf": partial(deepfool, **LINF, steps=10),
     "jsma": partial(jsma, norm="l0", eps=8),
@@ -147,7 +146,6 @@ SEEDED = [
     if name.startswith(
         (
             "noise",
-            "fab-nearest",
             "features",
             "window",
             "apgd-l",

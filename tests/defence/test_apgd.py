@@ -1,5 +1,6 @@
 """APGD and MI-FGSM on models whose strongest point is known, and the ratio of logits by hand."""
 
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -188,27 +189,54 @@ def test_momentum_spends_its_radius_where_pixels_are_at_their_bounds() -> None:
     assert (gain(model, found[0], x) > 0.99 * gain(model, found[1], x)).all()
 
 
-@pytest.mark.parametrize(("rises", "halved"), [(16, True), (17, False)])
-def test_a_start_is_no_rise(rises: int, halved: bool, monkeypatch: Any) -> None:
-    """Of 22 moves before the first look 17 must raise the loss (0.75), or steps are halved."""
-    lengths, asked = [], 0
+def scripted(
+    heights: Callable[[int], float], monkeypatch: Any
+) -> tuple[list[float], list[float], list[float]]:
+    """APGD of 100 steps, each a bit to the right, on a loss that is `heights` of how often it was asked.
+
+    Returns the lengths of its steps, where they began, and where the loss was asked.
+    """
+    lengths, begun, asked = list[float](), list[float](), list[float]()
 
     def step(clean: Tensor, at: Tensor, gradient: Tensor, length: Tensor, *rest: Any) -> Tensor:
         lengths.append(float(length))
-        return at
+        begun.append(float(at.mean()))
+        return at + 0.001
 
-    def scripted(at: Tensor) -> Tensor:
-        nonlocal asked
-        height = at.sum((1, 2, 3)) * 0 + (asked if asked <= rises + 1 else -asked) - 1000
-        asked += 1  # at first about the clean image
+    def model(at: Tensor) -> Tensor:
+        height = at.sum((1, 2, 3)) * 0 + heights(len(asked)) - 1000
+        asked.append(float(at.detach().mean()))
         return torch.stack([height, torch.zeros_like(height)], 1)
 
     module = import_module("manifold_defense.attacks.apgd")
     monkeypatch.setattr(module, "geometry", lambda norm: geometry(norm)._replace(step=step))
     x, y = torch.full((1, 1, 2, 2), 0.5), torch.ones(1, dtype=torch.long)
-    apgd(scripted, x, y, eps=0.25, steps=100, loss="margin", random_start=False)
+    apgd(model, x, y, eps=0.25, steps=100, loss="margin", random_start=False)
+    # At first it is asked about the clean image.
+    return lengths, begun, asked[1:]
+
+
+@pytest.mark.parametrize(("rises", "halved"), [(16, True), (17, False)])
+def test_a_start_is_no_rise(rises: int, halved: bool, monkeypatch: Any) -> None:
+    """Of 22 moves before the first look 17 must raise the loss (0.75), or steps are halved."""
+    lengths, _, _ = scripted(lambda k: k if k <= rises + 1 else -k, monkeypatch)
     assert lengths[:22] == [0.5] * 22
     assert lengths[22] == (0.25 if halved else 0.5)
+
+
+def test_where_steps_are_halved_it_goes_back_to_the_best_point(monkeypatch: Any) -> None:
+    """Croce & Hein 2020, algorithm 1, line 12."""
+    lengths, begun, asked = scripted(lambda k: 0 if k == 6 else -k, monkeypatch)
+    assert lengths[21:23] == [0.5, 0.25]
+    assert begun[:22] == asked[:22]
+    assert begun[22] == asked[5] < asked[22]
+
+
+def test_steps_are_halved_where_a_whole_stretch_has_found_nothing_better(monkeypatch: Any) -> None:
+    """Their condition 2: the loss rose often enough, and never beyond what it was at the look before."""
+    lengths, _, _ = scripted(lambda k: k if k <= 23 else k - 500, monkeypatch)
+    assert lengths[:41] == [0.5] * 41
+    assert lengths[41:57] == [0.25] * 16
 
 
 def test_momentum_carries_over_a_turn() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from manifold_defense.attacks import pgd
+from manifold_defense.attacks import deepfool, fab, fmn, pgd
 from manifold_defense.attacks.objective import attack_loss, fooled
 from tests.defence.attack_table import (
     ATTACKS,
@@ -199,3 +199,19 @@ def test_what_would_make_nonsense_of_an_attack_is_refused(name: str) -> None:
         given[which] = change(given[which])
         with pytest.raises(ValueError, match=words):
             ATTACKS[name](model, given["x"], given["y"], eps=given["eps"])
+
+
+@pytest.mark.parametrize("name", [name for name in ATTACKS if "linf" in name])
+def test_a_radius_of_eight_greys_of_255_is_not_one_of_eight(name: str) -> None:
+    model, x, y = problem(3)
+    with pytest.raises(ValueError, match=r"^eps: expected at most 1 in linf, .*, got 8$"):
+        ATTACKS[name](model, x, y, eps=8)
+
+
+def test_an_infinite_radius_is_for_those_that_seek_the_nearest_image() -> None:
+    model, x, y = problem(3)
+    for name in ("pgd-linf", "pgd-l2", "window-linf", "noise-l2"):
+        with pytest.raises(ValueError, match=r"^eps: expected a finite number, got inf$"):
+            ATTACKS[name](model, x, y, eps=float("inf"))
+    for attack in (fab, fmn, deepfool):
+        assert fooled(logits_of(model, attack(model, x, y, norm="linf")), y, False).all()

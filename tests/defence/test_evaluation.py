@@ -378,6 +378,27 @@ def test_costs_are_counted(defended: DefendedClassifier) -> None:
     assert not defended.filter.generator._forward_hooks
 
 
+def test_a_model_is_judged_on_other_draws_than_any_that_it_was_attacked_on(
+    classifier: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = labelled(classifier)
+    drawn: list[tuple[int, bool]] = []
+    module = import_module("manifold_defense.evaluation.outcome")
+    seeded = module.seeded
+
+    def noted(model: Any, seed: int) -> Any:
+        drawn.append((seed, model is classifier))
+        return seeded(model, seed)
+
+    monkeypatch.setattr(module, "seeded", noted)
+    defence = Defence("a", classifier, {"exact": nn.Sequential(classifier)}, draws=2)
+    for seed in range(6):
+        run_job(Job(defence, AttackConfig("fgsm"), "exact", LINF), x, y, seed)
+    seeds = {judged: {seed for seed, deployed in drawn if deployed == judged} for judged in (False, True)}
+    assert len(seeds[False]) == len(seeds[True]) == 6
+    assert not seeds[False] & seeds[True]
+
+
 def test_an_attack_presses_on_where_another_model_or_other_draws_judge() -> None:
     """One lucky draw is not the end, nor is a surrogate fooled."""
     seen: list[bool] = []

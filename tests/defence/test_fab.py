@@ -68,3 +68,36 @@ def test_once_across_a_plane_every_iterate_lies_across_it() -> None:
 
     fab(watched, GREY, y, norm="l2", eps=float("inf"), steps=3)  # too few to refine
     assert across == [[False] * 3, [True] * 3, [True] * 3]
+
+
+def test_a_step_is_the_published_mean_of_two_projections() -> None:
+    """From where a later restart begins: nine tenths its own, one tenth that of the clean image, at most."""
+    model, y, asked = Linear(m=2.0), torch.ones(3, dtype=torch.long), []
+
+    def watched(x: Tensor) -> Tensor:
+        if x.requires_grad:
+            asked.append(x.detach())
+        return model(x)
+
+    starts = []
+    for seed in (0, 1):
+        asked.clear()
+        fab(watched, GREY, y, norm="l2", eps=0.01, steps=2, restarts=2, seed=seed)
+        first, _, start, after = asked
+        assert torch.equal(first, GREY)
+        off = sizes("l2", start - GREY)
+        assert ((off > 0) & (off <= 0.005 + 1e-6)).all()  # half of eps, as nothing was found
+        starts.append(start)
+        ahead, aside = (at - gap(model, at) * model.w / model.w.square().sum() for at in (start, GREY))
+        near, far = (sizes("l2", at - base).view(-1, 1, 1, 1) for at, base in ((ahead, start), (aside, GREY)))
+        weight = (near / (near + far)).clamp(max=0.1)
+        drawn = (1 - weight) * (start + 1.05 * (ahead - start)) + weight * (GREY + 1.05 * (aside - GREY))
+        torch.testing.assert_close(after, drawn, atol=1e-4, rtol=0)
+        assert (after - (start + 1.05 * (ahead - start))).abs().amax() > 1e-4  # there is something to see
+    assert not torch.equal(*starts)
+
+
+def gap(model: Linear, x: Tensor) -> Tensor:
+    """What the difference of the logits of images x (N, C, H, W) lacks to be zero, (N, 1, 1, 1)."""
+    logits = model(x)
+    return (logits[:, 1] - logits[:, 0]).view(-1, 1, 1, 1)

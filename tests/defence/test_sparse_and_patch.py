@@ -13,7 +13,7 @@ from manifold_defense.attacks import patch, pgd_l0, sparse_rs, stroke_search
 from manifold_defense.attacks.norms import sizes
 from manifold_defense.attacks.objective import fooled, margins
 from manifold_defense.attacks.patch import _candidates
-from manifold_defense.attacks.sparse import _exchange, _nearest_sparse, draw_strokes
+from manifold_defense.attacks.sparse import _exchange, _nearest_sparse, _propose, draw_strokes
 from tests.defence.attack_table import GREY, Linear, images, logits_of, network
 
 ONES = torch.ones(3, dtype=torch.long)
@@ -131,6 +131,26 @@ def test_random_search_changes_exactly_so_many_pixels_to_corners() -> None:
         assert (changed.flatten(1).sum(1) == 7).all()
         values = x_adv.movedim(1, -1)[changed]
         assert ((values == 0) | (values == 1)).all()
+
+
+@pytest.mark.parametrize(
+    ("query", "divisor"),
+    [(1, 2), (51, 4), (201, 5), (501, 6), (1001, 8), (2001, 10), (4001, 12), (6001, 15), (8001, 20)],
+)
+def test_random_search_exchanges_fewer_and_fewer_pixels(query: int, divisor: int) -> None:
+    """As published for L0, of 10,000 queries."""
+    rng = torch.Generator().manual_seed(0)
+    clean, count = torch.full((2, 1, 12, 12), 0.4), 60
+    changed = torch.zeros(2, 144, dtype=torch.bool)
+    changed[:, torch.randperm(144, generator=rng)[:count]] = True
+    current = torch.where(changed.view_as(clean), 0.7, clean)  # no corner: what is drawn anew differs
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(2, *shape, generator=rng)
+
+    tried = _propose(current, clean, query / 10_000, draw, count=count, initial_share=0.8)
+    assert (tried != clean).flatten(1).sum(1).tolist() == [count] * 2
+    assert (tried == 0.7).flatten(1).sum(1).tolist() == [count - round(0.8 * count / divisor)] * 2
 
 
 def test_without_pixels_nothing_changes() -> None:

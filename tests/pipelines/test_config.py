@@ -1,13 +1,19 @@
 """Configuration: composed, strict, and one line for every mistake."""
 
+import dataclasses
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pipelines_support import invoke
 
+from manifold_defense.evaluation import SUITES
+from manifold_defense.hardening import OBJECTIVES, Trades
+from manifold_defense.projection import PRESETS, ProjectionConfig
 from pipelines.config import Config
 from pipelines.data import DATASETS
-from pipelines.settings import ConfigError, in_quotes, known_keys, load_config, to_toml
+from pipelines.settings import ConfigError, in_quotes, known_keys, load_config, meanings, to_toml
 from pipelines.stages import STAGES, in_order
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
@@ -41,6 +47,46 @@ def test_there_is_a_recipe_for_every_data_set():
 
 def test_the_digits_recipe_is_the_default():
     assert load_config(next(path for path in RECIPES if path.stem == "digits")) == Config()
+
+
+def test_suites_and_presets_go_by_their_names(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text('projection = "fast"\n[evaluate]\nattacks = "thorough"\n')
+    named = load_config(file)
+    assert (named.projection, named.evaluate.attacks) == (PRESETS["fast"], SUITES["thorough"])
+    set_ = load_config(None, ["projection=fast", "evaluate.attacks=thorough"])
+    assert set_ == named
+    assert load_config(file, ["evaluate.attacks=quick"]).evaluate == Config().evaluate
+    file.write_text(to_toml(named))
+    assert load_config(file) == named
+
+
+def _explained(kind, value):
+    """Names of the settings of a dataclass, and of those in it, that no docstring explains."""
+    known = meanings(kind)
+    for item in dataclasses.fields(kind):
+        inner = getattr(value, item.name)
+        inner = inner[0] if isinstance(inner, tuple) and inner else inner
+        if dataclasses.is_dataclass(inner):
+            yield from _explained(type(inner), inner)
+        elif not known.get(item.name):
+            yield f"{kind.__name__}.{item.name}"
+
+
+@pytest.mark.parametrize("kind", [Config, *OBJECTIVES])
+def test_every_setting_is_explained(kind):
+    assert not list(_explained(kind, kind()))
+
+
+def test_what_explains_a_setting_is_its_own_docstring_s():
+    known = meanings(Trades)
+    assert known["beta"] == ["β"]  # its own
+    assert known["eps"] == ["its radius, in pixel units of [0, 1]"]  # and of what it is made from
+    assert len(meanings(ProjectionConfig)["precision"]) == 3
+    shown = invoke("config", "--explain", "--set", "seed=3").output
+    assert shown.index("\n# of all draws\nseed = 3\n") > 0
+    assert tomllib.loads(shown) == tomllib.loads(to_toml(load_config(None, ["seed=3"])))
+    assert "#" not in invoke("config").output
 
 
 def test_settings_override_the_file_and_run_overrides_both(tmp_path):
@@ -109,6 +155,13 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
         ("evaluate.checks=-1", "checks: expected at least 0, got -1"),
         ("evaluate.batch_size=0", "batch_size: expected at least 1, got 0"),
         ("evaluate.filter=folder", "set classifier as well"),
+        (
+            "evaluate.attacks=slow",
+            "evaluate.attacks: expected quick, thorough or a list of attacks, got 'slow'",
+        ),
+        ("projection=best", "projection: expected reference, accurate, fast, robust, single_shot or a table"),
+        ('evaluate.threats=[{norm="linf",eps=8}]', "eps of linf: expected at most 1, for images in [0, 1]"),
+        ('evaluate.threats=[{norm="linf",eps=0.3}', "not TOML"),
         ("harden.objective.norm=l0", "harden.0.objective.norm"),
         ('evaluate.attacks=[{name="fgsm", loss="both"}]', "loss"),
         ('evaluate.attacks=[{name="cw", loss="margin"}]', "loss of cw"),

@@ -20,7 +20,12 @@ def worst(defence: str, share: float, **marks: bool) -> dict[str, Any]:
     [
         ({}, {}, (20, 1, 1e-5), "a 40.0 % → b 59.0 % (the filter helps: 20 images gained, 1 lost, p 1e-05)"),
         ({}, {}, (1, 20, 1e-5), "a 40.0 % → b 59.0 % (the filter harms: 1 images gained, 20 lost, p 1e-05)"),
-        ({}, {}, (3, 2, 0.9), "a 40.0 % → b 59.0 % (no difference: 3 images gained, 2 lost, p 0.9)"),
+        (
+            {},
+            {},
+            (3, 2, 0.9),
+            "a 40.0 % → b 59.0 % (no significant difference: 3 images gained, 2 lost, p 0.9)",
+        ),
         (
             {"settled": False},
             {},

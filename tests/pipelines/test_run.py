@@ -364,3 +364,11 @@ def test_two_processes_measure_what_one_does(run_folder):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert load_classifier(run_folder / "harden" / "hardened")(torch.rand(1, 1, 8, 8)).isfinite().all()
+
+
+def test_commands_are_listed_as_they_follow_one_another():
+    lines = invoke("--help").output.splitlines()
+    listed = [line.split()[0] for line in lines[lines.index("Commands:") + 1 :] if line.strip()]
+    assert listed[:4] == ["run", "stages", "config", "filter"]
+    assert set(listed[4:]) == set(STAGES)
+    assert listed.index("train-gan") < listed.index("harden") < listed.index("train-encoder")
