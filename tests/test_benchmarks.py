@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ from torch import Tensor, nn
 
 from gan import Encoder, Generator
 from gan.optimisation import seeded
-from manifold_defense import ManifoldFilter
-from manifold_defense.artifact import save_classifier, save_filter
+from manifold_defense import PRESETS, DefendedClassifier, ManifoldFilter
+from manifold_defense.artifact import load_classifier, save_classifier, save_filter
 from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
 from manifold_defense.evaluation import Job, Outcome
 
@@ -67,6 +69,7 @@ GIVEN: dict[str, tuple[object, ...]] = {
     "robustness": ("--filter", ZOO / "filter", "--classifier", f"plain={ZOO / 'undefended'}"),
     "hardening": ("--filter", ZOO / "filter", "--classifier", ZOO / "undefended"),
     "certification": ("--filter", ZOO / "filter", "--classifier", ZOO / "undefended"),
+    "restarts": ("--filter", ZOO / "filter", "--classifier", ZOO / "undefended"),
     "picture": ("--filter", ZOO / "filter", "--classifier", ZOO / "undefended", "--output", "picture.png"),
     "proofs": ("--classifier", ZOO / "undefended"),
     "second_opinion": ("--evaluation", ZOO, "--classifier", ZOO / "undefended"),
@@ -243,6 +246,51 @@ def test_rows_that_are_finished_are_not_made_again(
     assert made(100) == 2
 
 
+def test_the_winning_restart_alone_is_the_preset(
+    run: Callable[..., Result], networks: tuple[Generator, Encoder], tmp_path: Path
+) -> None:
+    save_filter(ManifoldFilter(*networks), tmp_path / "filter")
+    config = ArchitectureConfig("shallow", width=2)
+    save_classifier(seeded(0, lambda: ImageClassifier((1, 8, 8), 10, config)), tmp_path / "own")
+    given = ["--filter", tmp_path / "filter", "--classifier", tmp_path / "own", "--data", "digits"]
+    given += [
+        "--proxy",
+        "fast",
+        "--threat",
+        "linf:0.1",
+        "--images",
+        5,
+        "--steps",
+        2,
+        "--every",
+        2,
+        "--batch",
+        3,
+    ]
+    done = run("restarts", *given, "--json", tmp_path / "left.json")
+    assert done.exit_code == 0, done.output
+    left = json.loads((tmp_path / "left.json").read_text())["alive"]
+    phases = ["clean", "windows at bare", "windows at robust", "windows at fast", "own gradient"]
+    assert list(left) == phases
+    for before, after in pairwise(left[phase] for phase in phases):
+        assert len(after) == 5
+        assert all(was or not still for was, still in zip(before, after, strict=True))
+
+    module = import_module("restarts")
+    generator, encoder = networks
+    filter = ManifoldFilter(generator, encoder, replace(PRESETS["reference"], steps=20))
+    x = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    defended = DefendedClassifier(filter, load_classifier(tmp_path / "own"))
+    winning = module.Winning(defended, every=1)
+    assert len(filter.project(x).restart.unique()) > 1
+    torch.testing.assert_close(winning(x), defended(x))
+    gradients = []
+    for model in (winning, defended):
+        at = x.clone().requires_grad_(True)
+        gradients.append(torch.autograd.grad(model(at).square().sum(), at)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", GIVEN)
 def test_a_result_that_could_not_be_written_is_refused_first(run: Callable[..., Result], name: str) -> None:
     option = "--output" if name == "picture" else "--json"
@@ -258,6 +306,12 @@ def test_a_result_that_could_not_be_written_is_refused_first(run: Callable[..., 
         ("robustness", ("--threat", "linf"), 2, "linf: expected NORM:EPS"),
         ("robustness", ("--proxy", "reference=mine"), 2, "got 'mine'"),
         ("robustness", ("--preset", "mine"), 2, "mine"),
+        (
+            "restarts",
+            ("--preset", "fast"),
+            2,
+            "--preset fast: expected one of several restarts from the prior",
+        ),
         ("robustness", ("--classifier", "undefended"), 2, "NAME=FOLDER"),
         ("hardening", ("--objective", "mine"), 2, "mine"),
         ("second_opinion", (), 1, "images.csv"),

@@ -171,7 +171,7 @@ def test_an_attack_is_bound_to_its_threat(config: AttackConfig, keywords: dict[s
 
 @pytest.mark.parametrize("name", SPECS)
 def test_what_a_config_leaves_open_is_the_attack_s_own(name: Any) -> None:
-    threat = Threat(SPECS[name].norms[0], 2)
+    threat = Threat(SPECS[name].norms[0], 1)
     bound: Any = AttackConfig(name).bind(threat, seed=0, press=False)
     assert bound.keywords.keys() <= {"norm", "eps", "seed", "target_classes"}
 

@@ -320,7 +320,7 @@ def test_the_callers_gradient_mode_does_not_matter(networks: Any, config: Projec
 def test_an_empty_batch_stays_empty(networks: Any, config: ProjectionConfig) -> None:
     generator, encoder = networks
     found = project(generator, torch.empty(0, 1, 8, 8), config, encoder=encoder)
-    assert [part.shape[0] for part in found] == [0, 0, 0, 0]
+    assert [part.shape[0] for part in found] == [0, 0, 0, 0, 0]
     assert found.image.shape == (0, 1, 8, 8)
     x = torch.empty(0, 1, 8, 8, requires_grad=True)
     image = project_exactly(generator, x, config, encoder=encoder)

@@ -344,7 +344,7 @@ def test_gradients_that_are_not_finite_are_no_direction() -> None:
         (sparse_rs, {"eps": -1}, "eps: expected at least 0"),
         (patch, {"eps": 0}, "whole number"),
         (patch, {"eps": float("nan")}, "eps: expected at least 0"),
-        (pgd_l0, {"eps": float("inf")}, "whole number"),
+        (pgd_l0, {"eps": float("inf")}, "eps: expected a finite number"),
         (pgd_l0, {"steps": 0}, "steps"),
         (sparse_rs, {"restarts": 0}, "restarts"),
         (patch, {"locations": 0}, "locations"),
