@@ -16,9 +16,8 @@ from torch import nn
 @contextmanager
 def evaluation_mode(*models: object) -> Iterator[None]:
     """Eval mode for a time; every submodule, those that functions call included, gets its own mode back."""
-    modules = [
-        module for module in _modules(*models) if hasattr(module, "training")
-    ]  # a frozen script has none
+    # A frozen script has no mode.
+    modules = [module for module in _modules(*models) if hasattr(module, "training")]
     modes = [module.training for module in modules]
     try:
         for module in modules:
@@ -40,8 +39,9 @@ def _modules(*models: object) -> list[nn.Module]:
         seen[id(value)] = value
         if isinstance(value, nn.Module):
             found.append(value)
-            left += value.children()
-            left += [held for held in vars(value).values() if callable(held)]
+            left += value._modules.values()
+            if not type(value).__module__.startswith("torch.nn.modules"):  # which hold no functions
+                left += [held for held in vars(value).values() if callable(held)]
         elif isinstance(value, partial):
             left += [value.func, *value.args, *value.keywords.values()]
         elif isinstance(value, types.MethodType):
