@@ -29,14 +29,12 @@ class Kept:
             return make()
         self.folder.mkdir(exist_ok=True)
         path = self.folder / f"{hashlib.sha256(f'{self.asked} {name}'.encode()).hexdigest()[:16]}.json"
-        if path.exists():
-            kept: Row = json.loads(path.read_text(encoding="utf-8"))
-            return kept
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(make()), encoding="utf-8")
-        partial.replace(path)
-        made: Row = json.loads(path.read_text(encoding="utf-8"))
-        return made
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(make()), encoding="utf-8")
+            partial.replace(path)
+        row: Row = json.loads(path.read_text(encoding="utf-8"))
+        return row
 
     def finish(self) -> None:
         if self.folder is not None:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import click
 import torch
@@ -33,7 +34,7 @@ from manifold_defense.attacks.ascent import Climb, ascend_in_ball
 from manifold_defense.attacks.objective import correct
 from manifold_defense.evaluation import Defence, wilson
 from manifold_defense.projection.starts import starts
-from manifold_defense.types import Classifier
+from manifold_defense.types import Classifier, Generator
 from pipelines.jobs import digest_of
 
 
@@ -63,7 +64,7 @@ class Winning(nn.Module):
         if self.single is None or (x.requires_grad and self.calls % self.every == 0):
             filter = self.defended.filter
             won = filter.project(x.detach()).restart
-            z = starts(x.detach(), filter.generator.latent_dim, filter.config)  # type: ignore[arg-type]
+            z = starts(x.detach(), cast(Generator, filter.generator).latent_dim, filter.config)
             given = _Given(z[torch.arange(len(x)), won])
             config = replace(filter.config, restarts=1, start="encoder", chunk=len(x))
             single = ManifoldFilter(filter.generator, given, config)
@@ -105,62 +106,48 @@ def main(
     read = read_images(data, settings, images)
     filter, model = read.filter(filter_folder), read.classifier(classifier).requires_grad_(False)
     behind = {name: DefendedClassifier(filter.configured(PRESETS[name]), model) for name in PRESETS}
-    deployed = behind[preset]
-    surrogates: dict[str, Classifier] = {"bare": model, "robust": behind["robust"], proxy: behind[proxy]}
-    norm, eps = threat.norm, threat.eps
+    deployed, norm, eps = behind[preset], threat.norm, threat.eps
     answers = digest_of([Defence.of("", behind["robust"])], read.x[:2])
-    asked = (preset, proxy, threat, steps, every, read.dataset.digest, read.config)
+    asked = (config, PRESETS[proxy], threat, steps, every, read.dataset.digest, read.config)
     kept = Kept(output, f"{answers} {asked}")
 
+    # Of images and labels, from where the phase before it ended.
+    def windows(surrogate: Classifier, x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+        draws: dict[str, Any] = {"steps": 40, "restarts": 4, "stop_early": False, "pieces": read.x}
+        return window_pgd(surrogate, x, y, norm=norm, eps=eps, **draws)
+
+    def own(x: Tensor, y: Tensor, begun: Tensor) -> Tensor:
+        climb, winning = Climb(steps, 1, "ce", targeted=False, stop_early=False), Winning(deployed, every)
+        start = begun.__getitem__
+        return ascend_in_ball(winning, x, y, start, climb, norm=norm, eps=eps, longest=0.3 * eps)
+
+    surrogates: dict[str, Classifier] = {"bare": model, "robust": behind["robust"], proxy: behind[proxy]}
+    attacks: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        **{f"windows at {name}": partial(windows, surrogate) for name, surrogate in surrogates.items()},
+        "own gradient": own,
+    }
+
+    @torch.no_grad()
     def right(x: Tensor, y: Tensor) -> Tensor:
-        with torch.no_grad():
-            return correct(deployed(x), y)
+        return correct(deployed(x), y)
 
     def batch_of(at: Tensor) -> Row:
-        """Of images `at` (n,) those that are right, (n,), after each phase."""
+        """Of images `at` (n,) those that are right, (n,), after each phase, which meets what is left."""
         x, y = read.x[at], read.y[at]
         alive, ends = right(x, y), x.clone()
         left = {"clean": alive.tolist()}
-
-        def phase(name: str, attack: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-            """Attack what is still right, images and labels, from where the phase before it ended."""
+        for name, attack in attacks.items():
             on = alive.nonzero()[:, 0]
             if len(on):
                 ends[on] = attack(x[on], y[on], ends[on])
                 alive[on] = right(ends[on], y[on])
             left[name] = alive.tolist()
-
-        for name, model in surrogates.items():
-
-            def windows(x: Tensor, y: Tensor, _: Tensor, model: Classifier = model) -> Tensor:
-                return window_pgd(
-                    model,
-                    x,
-                    y,
-                    norm=norm,
-                    eps=eps,
-                    steps=40,
-                    restarts=4,
-                    stop_early=False,
-                    pieces=read.x,
-                )
-
-            phase(f"windows at {name}", windows)
-
-        def own(x: Tensor, y: Tensor, begun: Tensor) -> Tensor:
-            climb, model = Climb(steps, 1, "ce", targeted=False, stop_early=False), Winning(deployed, every)
-            return ascend_in_ball(
-                model, x, y, begun.__getitem__, climb, norm=norm, eps=eps, longest=0.3 * eps
-            )
-
-        phase("own gradient", own)
         return left
 
     started = time.perf_counter()
     batches = torch.arange(len(read.x)).split(batch)
     parts = [
-        kept.row(f"{at.tolist()}", partial(batch_of, at))
-        for at in track(batches, f"{preset}", transient=True)
+        kept.row(str(at.tolist()), partial(batch_of, at)) for at in track(batches, preset, transient=True)
     ]
     phases = {name: [alive for part in parts for alive in part[name]] for name in parts[0]}
     for name, alive in phases.items():

@@ -149,6 +149,19 @@ def test_targets_leave_of_a_linear_model_what_can_be_left(classes: int, norm: An
     assert left <= best + 1
 
 
+def test_of_three_classes_the_least_likely_is_reached() -> None:
+    """Class 1 comes second, and no pixel makes it first; class 2 is first from 0.45 off on."""
+
+    def forked(x: Tensor) -> Tensor:
+        third = 0.2 + 4 * (x[:, 0, 1, 1] - 0.5)
+        return torch.stack([torch.full_like(third, 2.0), third * 0 + 1.9, third], 1)
+
+    x, y = torch.full((3, 1, 8, 8), 0.5), torch.zeros(3, dtype=torch.long)
+    for norm in ("linf", "l2", "l1"):
+        x_adv = apgd(forked, x, y, norm=norm, eps=0.48, steps=40, target_classes=2, random_start=False)
+        assert (forked(x_adv).argmax(1) == 2).all()
+
+
 def test_targets_are_for_untargeted_attacks() -> None:
     with pytest.raises(ValueError, match=r"^target_classes: expected 0"):
         apgd(network(3), images(), torch.zeros(12, dtype=torch.long), target_classes=2, targeted=True)
