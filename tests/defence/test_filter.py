@@ -119,6 +119,13 @@ def test_what_is_no_tensor_is_no_image(filter: ManifoldFilter, given: Any, call:
         getattr(filter, call)(given)
 
 
+def test_a_filter_and_a_classifier_the_other_way_round_are_refused(defended: DefendedClassifier) -> None:
+    filter, classifier = defended.filter, defended.classifier
+    for given in ((classifier, filter), ("zoo/mnist/filter", classifier)):
+        with pytest.raises(TypeError, match=r"^expected DefendedClassifier\(filter, classifier\), got"):
+            DefendedClassifier(*given)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("share", [0.0, 1.5, -0.1, float("nan"), True, "half"])
 def test_a_share_that_is_none_is_refused(filter: ManifoldFilter, classifier: nn.Module, share: Any) -> None:
     with pytest.raises(ValueError, match=r"share: expected a number in \(0, 1\], got"):
