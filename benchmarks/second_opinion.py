@@ -1,4 +1,4 @@
-"""Does anybody else's attack find less? AutoAttack and HopSkipJump on the images that an evaluation left.
+"""What do more attacks find on what an evaluation left? AutoAttack, HopSkipJump, our own from another seed.
 
     manifold-defense evaluate --config configs/mnist.toml --classifier mine:classifier --filter FOLDER ...
     python benchmarks/second_opinion.py --evaluation runs/own/evaluate --defence own+filter \\
@@ -8,9 +8,11 @@ Only images that survived the whole evaluation are handed on: what is broken her
 Robust accuracy under both together is at most the evaluation's less that share. AutoAttack is of the
 published strength (APGD of 100 steps on cross-entropy and towards nine classes, FAB towards nine,
 Square of 5,000 queries) and differentiates every step of the projection; HopSkipJump, by ART, asks the
-deployed model alone. Peers as for `benchmarks/attacks.py`. A line a threat says how many survivors
-were tried, the first `--survivors`, and how many were broken. With `--json FILE` finished batches are
-kept in FILE.jobs until all are done, and the same command goes on from there.
+deployed model alone. Peers as for `benchmarks/attacks.py`. `--attack thorough` and `quick` are our
+suites, any other name what the former has of that attack, from `--seed`: if it still breaks images, the
+evaluation has not settled. A line a threat says how many survivors were tried, the first `--survivors`,
+and how many were broken. With `--json FILE` finished batches are kept in FILE.jobs until all are done, and
+the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import json
 import time
 from functools import partial
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import cast
 
@@ -33,13 +36,19 @@ from torch import Tensor
 from manifold_defense import PRESETS, DefendedClassifier, Threat
 from manifold_defense.attacks.norms import geometry
 from manifold_defense.attacks.objective import correct
-from manifold_defense.evaluation import Defence
+from manifold_defense.evaluation import SUITES, Defence, evaluate
 from manifold_defense.evaluation.adapters import art_classifier, autoattack
+from manifold_defense.evaluation.recipe import SPECS
 from manifold_defense.evaluation.statistics import wilson
 from manifold_defense.types import Classifier, Norm
 from pipelines.jobs import digest_of
 
-ATTACKS = ("autoattack", "hop_skip_jump")
+PEERS = ("autoattack", "hop_skip_jump")
+# Noise alone says nothing.
+_NAMES = {attack.name for attack in SUITES["thorough"] if not SPECS[attack.name].control}
+OWN = SUITES | {
+    name: tuple(attack for attack in SUITES["thorough"] if attack.name == name) for name in sorted(_NAMES)
+}
 
 
 def survivors(path: Path, defence: str) -> tuple[int, dict[Threat, list[int]]]:
@@ -66,6 +75,17 @@ def survivors(path: Path, defence: str) -> tuple[int, dict[Threat, list[int]]]:
     return len(images), {threat: sorted(images - wrong - lost) for threat, lost in broken.items()}
 
 
+def label(threat: Threat) -> str:
+    return f"{threat.norm}:{threat.eps:g}"
+
+
+def answers(attack: str, threat: Threat) -> bool:
+    """Whether an attack is one for that threat."""
+    if attack in PEERS:
+        return threat.norm in ("linf", "l2")
+    return any(own.applies_to(threat) for own in OWN[attack])
+
+
 def hop_skip_jump(model: Classifier, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
     """ART's, of its published settings; what lies outside the ball is moved onto it."""
     kind = import_module("art.attacks.evasion").HopSkipJump
@@ -78,15 +98,19 @@ def hop_skip_jump(model: Classifier, x: Tensor, y: Tensor, threat: Threat) -> Te
     return (x + delta).clamp(0, 1)
 
 
-def broken_by(name: str, model: Classifier, x: Tensor, y: Tensor, threat: Threat) -> Row:
+def broken_by(name: str, model: Classifier, x: Tensor, y: Tensor, threat: Threat, seed: int) -> Row:
     """Which images (N,) the attack broke, and the seconds that it took."""
     started = time.perf_counter()
-    if name == "autoattack":
-        x_adv = autoattack(model, x, y, norm=threat.norm, eps=threat.eps)
+    if name in OWN:
+        found = evaluate([Defence.of(name, model)], OWN[name], [threat], x, y, checks=0, seed=seed)
+        broken = found.worst[name, threat] == 0
     else:
-        x_adv = hop_skip_jump(model, x, y, threat)
-    with torch.no_grad():
-        broken = ~correct(model(x_adv), y)
+        if name == "autoattack":
+            x_adv = autoattack(model, x, y, norm=threat.norm, eps=threat.eps)
+        else:
+            x_adv = hop_skip_jump(model, x, y, threat)
+        with torch.no_grad():
+            broken = ~correct(model(x_adv), y)
     return {"broken": broken.tolist(), "seconds": time.perf_counter() - started}
 
 
@@ -99,7 +123,8 @@ def broken_by(name: str, model: Classifier, x: Tensor, y: Tensor, threat: Threat
 @click.option(
     "--share", default=1.0, type=click.FloatRange(0, 1, min_open=True), help="Asked twice: of the drawing."
 )
-@click.option("--attack", "attacks", multiple=True, default=ATTACKS, type=click.Choice(ATTACKS))
+@click.option("--attack", "attacks", multiple=True, default=PEERS, type=click.Choice((*PEERS, *OWN)))
+@click.option("--seed", default=1, help="Of our own attacks; the stage's is 0.")
 @click.option("--threat", "threats", multiple=True, default=("linf:0.3", "l2:2.5"), type=THREAT)
 @data_options("mnist")
 @click.option("--survivors", "most", default=100, type=click.IntRange(min=1))
@@ -113,6 +138,7 @@ def main(
     preset: str | None,
     share: float,
     attacks: tuple[str, ...],
+    seed: int,
     threats: tuple[Threat, ...],
     data: str,
     settings: tuple[str, ...],
@@ -121,6 +147,11 @@ def main(
     output: Path | None,
 ) -> None:
     count, left = survivors(evaluation / "images.csv", defence)
+    for threat, attack in product(threats, attacks):
+        if threat not in left:
+            raise click.UsageError(f"{evaluation}: {defence} did not meet {label(threat)}")
+        if not answers(attack, threat):
+            raise click.UsageError(f"--attack {attack}: knows no {label(threat)}")
     read = read_images(data, settings, count)
     x, y = read.x, read.y
     bare = read.classifier(classifier).requires_grad_(False)
@@ -128,19 +159,17 @@ def main(
     if filter_folder is not None:
         filter = read.filter(filter_folder)
         model = DefendedClassifier(filter.configured(PRESETS[preset]) if preset else filter, bare, share)
-    answers = digest_of([Defence.of("", model)], x[:2])
-    kept = Kept(output, f"{answers} {read.dataset.digest} {read.config}")
+    digest = digest_of([Defence.of("", model)], x[:2])
+    kept = Kept(output, f"{digest} {read.dataset.digest} {read.config}")
     lines: list[Row] = []
     for threat in threats:
-        text = f"{threat.norm}:{threat.eps:g}"
-        if threat not in left:
-            raise click.UsageError(f"{evaluation}: {defence} did not meet {text}")
+        text = label(threat)
         at = torch.tensor(left[threat][:most], dtype=torch.long)
         for attack in attacks:
             batches = [
                 kept.row(
-                    f"{threat} {attack} {own.tolist()}",
-                    partial(broken_by, attack, model, x[own], y[own], threat),
+                    f"{threat} {attack} {seed} {own.tolist()}",
+                    partial(broken_by, attack, model, x[own], y[own], threat, seed),
                 )
                 for own in track(at.split(batch) if len(at) else (), f"{text} {attack}", transient=True)
             ]

@@ -299,6 +299,61 @@ def test_a_result_that_could_not_be_written_is_refused_first(run: Callable[..., 
     assert "nowhere: no such folder" in error_of(done)
 
 
+@pytest.fixture
+def evaluated(digits: tuple[Tensor, Tensor], tmp_path: Path) -> Path:
+    """A folder with a classifier `own` and the images.csv of an evaluation of it that attacked nothing."""
+    config = ArchitectureConfig("shallow", width=2)
+    model = seeded(0, lambda: ImageClassifier((1, 8, 8), 10, config))
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(digits[0]), digits[1]).backward()
+        optimizer.step()
+    save_classifier(model, tmp_path / "own")
+    lines = ["image,defence,norm,eps,score"]
+    lines += [f"{image},own,,,{float(image != 2)}" for image in range(8)]
+    for norm, eps in (("linf", 0.3), ("patch", 3)):
+        lines += [f"{image},own,{norm},{eps},{float(image != 5)}" for image in range(8) if image != 2]
+    (tmp_path / "images.csv").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path
+
+
+def test_our_own_attacks_meet_what_an_evaluation_left(run: Callable[..., Result], evaluated: Path) -> None:
+    output = evaluated / "more.json"
+    given = ["--evaluation", evaluated, "--defence", "own", "--classifier", evaluated / "own"]
+    given += ["--data", "digits", "--json", output, "--batch", 4]
+    done = run("second_opinion", *given, "--threat", "linf:0.3", "--attack", "quick")
+    assert done.exit_code == 0, done.output
+    row = json.loads(output.read_text())["rows"][0]
+    assert (row["images"], row["left"], row["tried"]) == (8, 6, 6)
+    assert set(row["broken"]) <= {0, 1, 3, 4, 6, 7}  # image 2 was wrong, and 5 is broken
+    assert len(row["broken"]) >= 4  # of an undefended classifier, which 0.3 leaves hardly an image
+    assert row["share_of_all"] == len(row["broken"]) / 8
+    assert "6 of 8 images are left (75.0%); of 6 tried" in done.stdout
+    done = run("second_opinion", *given, "--threat", "patch:3", "--attack", "patch", "--survivors", 2)
+    assert done.exit_code == 0, done.output
+    assert json.loads(output.read_text())["rows"][0]["tried"] == 2
+
+
+@pytest.mark.parametrize(
+    ("threat", "attack", "said"),
+    [
+        ("linf:0.2", "pgd", "own did not meet linf:0.2"),
+        ("patch:3", "autoattack", "--attack autoattack: knows no patch:3"),
+        ("linf:0.3", "patch", "--attack patch: knows no linf:0.3"),
+        ("linf:0.3", "noise", "'noise' is not one of"),
+    ],
+)
+def test_a_second_opinion_that_nobody_has_is_refused_first(
+    run: Callable[..., Result], evaluated: Path, threat: str, attack: str, said: str
+) -> None:
+    given = ["--evaluation", evaluated, "--defence", "own", "--classifier", evaluated / "own"]
+    given += ["--data", "digits", "--threat", "linf:0.3", "--threat", threat]
+    done = run("second_opinion", *given, "--attack", attack, "--json", evaluated / "more.json")
+    assert done.exit_code == 2, done.output
+    assert said in error_of(done)
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "code", "said"),
     [
