@@ -164,7 +164,7 @@ def set_beside(cell: dict[str, Any], earlier: list[dict[str, Any]]) -> list[dict
     "presets",
     multiple=True,
     type=click.Choice(list(PRESETS)),
-    default=("fast", "accurate", "robust", "reference"),
+    default=("robust", "accurate", "reference"),
 )
 @click.option("--proxy", "proxies", multiple=True, metavar="PRESET=PRESET", help="Attacked instead.")
 @click.option("--baselines/--no-baselines", default=True, show_default=True, help="No filter; other ones.")

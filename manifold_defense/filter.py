@@ -84,9 +84,11 @@ class ManifoldFilter(nn.Module):
         return super().train(False)
 
     def configured(self, config: ProjectionConfig) -> ManifoldFilter:
-        """This filter, sharing all weights, with other settings: `filter.configured(PRESETS["fast"])`."""
+        """This filter, sharing all weights, with other settings: `filter.configured(PRESETS["accurate"])`."""
         if not isinstance(config, ProjectionConfig):
-            raise TypeError(f"config: expected a ProjectionConfig, such as PRESETS['fast'], got {config!r}")
+            raise TypeError(
+                f"config: expected a ProjectionConfig, such as PRESETS['accurate'], got {config!r}"
+            )
         return self._like(config, self.view)
 
     def seen(self, view: View) -> ManifoldFilter:

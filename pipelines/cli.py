@@ -226,7 +226,8 @@ def _make_folder(folder: Path) -> None:
 @click.option(
     "--preset",
     metavar="NAME",
-    help="Other settings: robust (to defend), fast, accurate (true to clean images, no defence), reference.",
+    help="Other settings: robust, also called fast and single_shot (the encoder alone: to defend, if it was "
+    "trained on attacks), accurate (true to clean images, no defence), reference.",
 )
 @click.option("--force", is_flag=True, help="Write into a folder that is not empty.")
 @click.option(

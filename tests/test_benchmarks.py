@@ -144,7 +144,7 @@ def test_robustness_goes_on_where_it_stopped(
     save_classifier(seeded(0, lambda: ImageClassifier((1, 8, 8), 10, config)), tmp_path / "own")
     given: list[object] = ["--filter", tmp_path / "filter", "--classifier", f"own={tmp_path / 'own'}"]
     given += ["--data", "digits", "--threat", "linf:0.1", "--images", 40, "--preset", "robust"]
-    given += ["--preset", "fast", "--steps", 1, "--approximate-steps", 1, "--restarts", 1, "--queries", 0]
+    given += ["--preset", "accurate", "--steps", 1, "--approximate-steps", 1, "--restarts", 1, "--queries", 0]
     given += ["--checks", 0, "--no-baselines"]
     whole, part = tmp_path / "whole.json", tmp_path / "part.json"
     done = run("robustness", *given, "--json", whole)
@@ -152,9 +152,9 @@ def test_robustness_goes_on_where_it_stopped(
     facts = json.loads(whole.read_text())
     assert [(row["preset"], row["norm"], len(row["alive"])) for row in facts["rows"]] == [
         ("robust", "linf", 40),
-        ("fast", "linf", 40),
+        ("accurate", "linf", 40),
     ]
-    assert [(pair["before"], pair["after"]) for pair in facts["paired"]] == [("robust", "fast")]
+    assert [(pair["before"], pair["after"]) for pair in facts["paired"]] == [("robust", "accurate")]
 
     module = import_module("manifold_defense.evaluation.evaluate")
     run_job = module.run_job
@@ -253,24 +253,11 @@ def test_the_winning_restart_alone_is_the_preset(
     config = ArchitectureConfig("shallow", width=2)
     save_classifier(seeded(0, lambda: ImageClassifier((1, 8, 8), 10, config)), tmp_path / "own")
     given = ["--filter", tmp_path / "filter", "--classifier", tmp_path / "own", "--data", "digits"]
-    given += [
-        "--proxy",
-        "fast",
-        "--threat",
-        "linf:0.1",
-        "--images",
-        5,
-        "--steps",
-        2,
-        "--every",
-        2,
-        "--batch",
-        3,
-    ]
+    given += ["--threat", "linf:0.1", "--images", 5, "--steps", 2, "--every", 2, "--batch", 3]
     done = run("restarts", *given, "--json", tmp_path / "left.json")
     assert done.exit_code == 0, done.output
     left = json.loads((tmp_path / "left.json").read_text())["alive"]
-    phases = ["clean", "windows at bare", "windows at robust", "windows at fast", "own gradient"]
+    phases = ["clean", "windows at bare", "windows at robust", "windows at accurate", "own gradient"]
     assert list(left) == phases
     for before, after in pairwise(left[phase] for phase in phases):
         assert len(after) == 5

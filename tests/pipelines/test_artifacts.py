@@ -66,7 +66,7 @@ def test_a_preset_replaces_the_settings_of_a_filter(run_folder, tmp_path):
     filter = load_filter(run_folder / "export")
     Image.new("L", (8, 8), 90).save(tmp_path / "a.png")
     tables = {}
-    for name in ("single_shot", "fast", "accurate"):
+    for name in ("fast", "accurate"):
         source = tmp_path / f"in-{name}"
         source.mkdir()
         shutil.copy(tmp_path / "a.png", source)

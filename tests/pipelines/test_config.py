@@ -51,10 +51,10 @@ def test_the_digits_recipe_is_the_default():
 
 def test_suites_and_presets_go_by_their_names(tmp_path):
     file = tmp_path / "own.toml"
-    file.write_text('projection = "fast"\n[evaluate]\nattacks = "thorough"\n')
+    file.write_text('projection = "accurate"\n[evaluate]\nattacks = "thorough"\n')
     named = load_config(file)
-    assert (named.projection, named.evaluate.attacks) == (PRESETS["fast"], SUITES["thorough"])
-    set_ = load_config(None, ["projection=fast", "evaluate.attacks=thorough"])
+    assert (named.projection, named.evaluate.attacks) == (PRESETS["accurate"], SUITES["thorough"])
+    set_ = load_config(None, ["projection=accurate", "evaluate.attacks=thorough"])
     assert set_ == named
     assert load_config(file, ["evaluate.attacks=quick"]).evaluate == Config().evaluate
     file.write_text(to_toml(named))
@@ -159,7 +159,7 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
             "evaluate.attacks=slow",
             "evaluate.attacks: expected quick, thorough or a list of attacks, got 'slow'",
         ),
-        ("projection=best", "projection: expected reference, accurate, fast, robust, single_shot or a table"),
+        ("projection=best", "projection: expected reference, accurate, robust, fast, single_shot or a table"),
         ('evaluate.threats=[{norm="linf",eps=8}]', "eps of linf: expected at most 1, for images in [0, 1]"),
         ('evaluate.threats=[{norm="linf",eps=0.3}', "not TOML"),
         ("harden.objective.norm=l0", "harden.0.objective.norm"),
