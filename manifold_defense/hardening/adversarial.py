@@ -97,14 +97,14 @@ class Trades(InBall):
         x_adv = self._worst(model, x, eps, step.seed)
         logits = model(x)
         # One loss pulls both outputs: the clean one towards the label, each towards the other.
-        gap = divergence(logits.softmax(1), model(x_adv))
+        gap = divergence(logits, model(x_adv))
         return F.cross_entropy(logits, y, reduction="none") + self.beta * gap
 
     def _worst(self, model: Classifier, x: Tensor, eps: float, seed: int) -> Tensor:
         shape, rng = geometry(self.norm), torch.Generator().manual_seed(seed)
         with evaluation_mode(model):
             with torch.no_grad():
-                clean = model(x).softmax(1)
+                clean = model(x)
 
             def gap(logits: Tensor) -> Tensor:
                 return divergence(clean, logits)
@@ -172,7 +172,7 @@ class Curriculum(Base):
     clean_share: float = 0.0
 
     def __post_init__(self) -> None:
-        check(self, positive=("eps_l2", "eps", "steps"), shares=("switch", "clean_share"))
+        check(self, positive=("eps_l2", "steps"), shares=("switch", "clean_share"))
 
     @property
     def threats(self) -> tuple[Threat, ...]:

@@ -23,7 +23,7 @@ class Agreement:
         with torch.no_grad():
             logits = classifier(x)
         self._classifier, self._share = classifier, share
-        self._meant, self._class = logits.softmax(1), logits.argmax(1)
+        self._meant, self._class = logits, logits.argmax(1)
 
     def apart(self, images: Tensor, drawings: Tensor) -> Tensor:
         """`KL(f(x) ‖ f(drawing))` in nats, (N,), for images x' and their drawings (N, C, H, W)."""

@@ -39,7 +39,7 @@ class IntervalBounds(Base):
     steps: int = 2
 
     def __post_init__(self) -> None:
-        check(self, positive=("eps", "free", "steps"), shares=("kappa", "warmup", "ramp", "free"))
+        check(self, positive=("free", "steps"), shares=("kappa", "warmup", "ramp", "free"))
 
     @property
     def threats(self) -> tuple[Threat, ...]:

@@ -90,9 +90,9 @@ class InBall(Base):
     ramp: float = 0.3
 
     def __post_init__(self) -> None:
-        check(self, positive=("eps",), shares=("ramp",))
         if self.norm not in self.norms:
             raise ValueError(f"norm: expected one of {', '.join(self.norms)}, got {self.norm!r}")
+        check(self, shares=("ramp",))
 
     @property
     def threats(self) -> tuple[Threat, ...]:
@@ -112,8 +112,9 @@ def mixed(model: Classifier, x: Tensor, x_adv: Tensor, y: Tensor, clean_share: f
 
 
 def divergence(meant: Tensor, logits: Tensor) -> Tensor:
-    """`KL(meant ‖ softmax(logits))` in nats, (N,), of probabilities and logits (N, K)."""
-    return F.kl_div(logits.log_softmax(1), meant, reduction="none").sum(1)
+    """`KL(softmax(meant) ‖ softmax(logits))` in nats, (N,), of logits (N, K)."""
+    # Of logarithms: a probability that has sunk to 0 has no gradient.
+    return F.kl_div(logits.log_softmax(1), meant.log_softmax(1), reduction="none", log_target=True).sum(1)
 
 
 def ramped(value: float, progress: float, ramp: float) -> float:
@@ -121,8 +122,8 @@ def ramped(value: float, progress: float, ramp: float) -> float:
     return value * min(1.0, progress / ramp) if ramp > 0 else value
 
 
-def check(objective: object, *, positive: tuple[str, ...] = (), shares: tuple[str, ...] = ()) -> None:
-    """Raise ValueError that names the first field out of its range."""
+def check(objective: Base, *, positive: tuple[str, ...] = (), shares: tuple[str, ...] = ()) -> None:
+    """Raise ValueError that names the first field out of its range, those of its threats included."""
     for name in positive:
         if not 0 < getattr(objective, name) <= 1e6:
             raise ValueError(
@@ -131,3 +132,4 @@ def check(objective: object, *, positive: tuple[str, ...] = (), shares: tuple[st
     for name in shares:
         if not 0 <= getattr(objective, name) <= 1:
             raise ValueError(f"{name}: expected in [0, 1], got {getattr(objective, name)}")
+    _ = objective.threats

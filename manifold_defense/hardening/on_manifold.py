@@ -111,11 +111,8 @@ class RobustManifold(Base):
     spread: float = 0.1
 
     def __post_init__(self) -> None:
-        check(
-            self, positive=("steps", "weight", "pairs", "pair_eps", "pair_steps", "spread"), shares=("ramp",)
-        )
-        if not 0 <= self.eps <= 1e6:
-            raise ValueError(f"eps: expected at least 0 and at most a million, got {self.eps}")
+        positive = ("steps", "weight", "pairs", "pair_eps", "pair_steps", "spread")
+        check(self, positive=positive, shares=("ramp",))
 
     @property
     def threats(self) -> tuple[Threat, ...]:

@@ -48,5 +48,5 @@ class Union(Base):
         with evaluation_mode(model):
             x_adv = self.disturbance(lead, x, step.number, step.progress, rng)
         logits = model(x)
-        gap = divergence(logits.softmax(1), model(x_adv))
+        gap = divergence(logits, model(x_adv))
         return F.cross_entropy(logits, y, reduction="none") + self.beta * gap

@@ -108,6 +108,18 @@ def test_trades_weighs_the_gap_to_the_clean_answer(digits: Any) -> None:
     torch.testing.assert_close(gaps[1], 3 * gaps[0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_answers_that_are_certain_have_a_gradient(digits: Any, manifold: ManifoldFilter, name: str) -> None:
+    """Of logits so far apart that the softmax is 0 but for one class."""
+    model = classifier()
+    *_, last = (module for module in model.modules() if isinstance(module, nn.Linear))
+    last.weight.data *= 1e4
+    x, y = digits[0][:8], digits[1][:8]
+    assert (model(x).softmax(1) == 0).any()
+    SMALL[name](model, x, y, Step(manifold=manifold)).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 def test_trades_climbs_to_where_the_gap_is_largest() -> None:
     """Of a linear model of two classes: one of two corners of the ball, by where it begins."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
