@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +62,9 @@ def strips(rows: Sequence[Strip], labels: Sequence[int], classes: Sequence[str])
 def save_figure(figure: Any, path: Path) -> None:
     """PNG, whole or not at all."""
     partial = path.with_suffix(".partial.png")
-    figure.savefig(partial)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # names of classes in letters that the font lacks
+        figure.savefig(partial)
     partial.replace(path)
 
 

@@ -177,6 +177,8 @@ class HardenConfig:
             raise ValueError(
                 f"name: {self.name} means something else as encoder.body; choose a different one"
             )
+        if self.name in _SCRAPS or self.name.endswith(".partial"):
+            raise ValueError(f"name: {self.name} is what a stage keeps beside its variants; choose another")
         if self.name in _TAKEN:
             raise ValueError(f"name: {self.name} is another row of the tables; choose a different one")
         if self.start and self.architecture:
@@ -240,6 +242,9 @@ class CertifyConfig:
                 raise ValueError(
                     f"{name}: expected at least one radius, all above 0 and at most a million, got {radii}"
                 )
+        for name in ("methods", "radii_l2", "radii_linf"):
+            if len({*getattr(self, name)}) < len(getattr(self, name)):
+                raise ValueError(f"{name}: expected each of them once")
 
 
 def _check_pieces(disturbance: Disturbance, batch_size: int, key: str) -> None:
@@ -256,6 +261,7 @@ _NOT_BEHIND_FILTER = {
 _MONOTONE = ("binarise", "bit_depth", "blur")
 _NAME_LETTERS = frozenset(string.ascii_letters + string.digits + "._-")
 _TAKEN = ("undefended", "classifier", "distance", "filter", "own", *get_args(Baseline))
+_SCRAPS = ("events", "jobs", "stage.json", "plan.json", "state.ckpt")  # in the folder of every stage
 _NO_BODY = ("auto", "joint")  # of an encoder
 
 
@@ -369,7 +375,8 @@ class Config:
     certify: CertifyConfig = field(default_factory=CertifyConfig)
 
     def __post_init__(self) -> None:
-        if not self.run or Path(self.run).name != self.run or self.run.startswith("."):
+        plain = Path(self.run).name == self.run.strip() == self.run and self.run.isprintable()
+        if not self.run or not plain or self.run.startswith("."):
             raise ValueError(f"run: expected a plain folder name, got {self.run!r}")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed: expected in [0, 2³¹), got {self.seed}")

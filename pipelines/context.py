@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from lightning_fabric import Fabric
@@ -24,6 +24,7 @@ from pipelines.progress import progress_bar
 from pipelines.settings import ConfigError
 from pipelines.stage import STATE, StageError
 
+Result = TypeVar("Result")
 # A training saves its state, and its board gets scalars and pictures, so many times over its length.
 SAVES, SCALARS = 20, 200
 
@@ -57,8 +58,27 @@ def make_fabric(config: FabricConfig) -> Fabric:
     most = max(2, os.cpu_count() or 1)  # Fabric starts as many processes as it is told
     if fabric.device.type == "cpu" and isinstance(devices, int) and devices > most:
         raise ConfigError(f"fabric: devices: expected at most {most} processes on this CPU, got {devices}")
+    if fabric.device.type == "cpu" and config.precision == "16-mixed":  # Fabric would take another one
+        raise ConfigError("fabric.precision: expected 32-true or bf16-mixed on a CPU, got 16-mixed")
     fabric.launch()
     return fabric
+
+
+def on_first(fabric: Fabric, work: Callable[[], Result]) -> Result | None:
+    """What the first process makes of `work`, None to the others; all of them raise if that one does."""
+    made: Result | None = None
+    failure: Exception | None = None
+    if fabric.is_global_zero:
+        try:
+            made = work()
+        except Exception as error:
+            failure = error
+    said = fabric.broadcast("" if failure is None else in_one_line(failure))
+    if failure is not None:
+        raise failure
+    if said:
+        raise StageError(said)
+    return made
 
 
 class Workshop:
@@ -186,9 +206,10 @@ class Context:
                         for name, value in values.items():
                             self.board.add_scalar(name, value, record.images)
                     broken = [name for name, value in values.items() if not torch.tensor(value).isfinite()]
-                    if broken:
+                    if self._anyone(bool(broken)):
+                        what = broken[0] if broken else "loss of another process"
                         raise StageError(
-                            f"{self.stage}: {broken[0]} is not finite after {record.images:,} images; "
+                            f"{self.stage}: {what} is not finite after {record.images:,} images; "
                             "a lower learning rate may help"
                         )
                 advance(record.images)

@@ -81,7 +81,7 @@ class DataConfig:
             ("name", self.name in DATASETS, "one of " + ", ".join(DATASETS)),
             ("image_size", 8 <= self.image_size <= 64 and self.image_size % 2 == 0, "even and from 8 to 64"),
             ("channels", self.channels in (1, 3), "1 (grey) or 3 (RGB)"),
-            ("shift", self.shift >= 0, "0 or more"),
+            ("shift", 0 <= self.shift < 64, "from 0 to 63"),
             ("train_images", self.train_images >= 0, "0 (all) or more"),
             ("test_images", self.test_images >= 0, "0 (all) or more"),
         ):
@@ -124,6 +124,9 @@ def load_data(config: DataConfig) -> Dataset:
         data = _image_folder(config)
     else:
         data = _torchvision(config)
+    side = min(data.image_shape[1:])
+    if config.shift >= side:
+        raise DataError(f"data.shift: expected less than the {side} pixels of a side, got {config.shift}")
     if 0 < config.train_images < len(data.classes):
         raise DataError(
             f"data.train_images: expected 0, for all, or at least {len(data.classes)}, one of each class, "

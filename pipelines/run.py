@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from pipelines.config import Config
-from pipelines.context import Context, Workshop, make_fabric
+from pipelines.context import Context, Workshop, make_fabric, on_first
 from pipelines.locking import alone
 from pipelines.own import load_own, load_own_classifier, load_own_filter
 from pipelines.stage import RUNS, Plan, StageError, StageFolder, Status, figures, make_plans, weights_of
@@ -94,9 +94,14 @@ def run_stages(
     an equal, finished stage again, as is done unasked with one that does not last.
     All refusals come before any work is done.
     """
-    before = statuses(config)
-    intentions(names, before, force)
-    todo = [n for n in names if before[n][2] != "cached" or remake or not STAGES[n].lasts(config)]
+
+    def look() -> tuple[dict[str, tuple[StageFolder, Plan, Status]], list[str]]:
+        """The state of all stages, and which of `names` there is work in; or a refusal."""
+        found = statuses(config)
+        intentions(names, found, force)
+        return found, [n for n in names if found[n][2] != "cached" or remake or not STAGES[n].lasts(config)]
+
+    before, todo = look()
     if not todo and all(folder.settled for folder, _, _ in before.values()):
         for name in names:
             console.print(f"{name}: cached", highlight=False)
@@ -105,6 +110,8 @@ def run_stages(
     if not fabric.is_global_zero:
         console.quiet = True
     shop = Workshop(config, fabric, console)
+    if fabric.world_size > 1:
+        on_first(fabric, lambda: shop.data)  # one of them may have to download it
     _try_weights(shop, (before[name][1] for name in todo))
     if "evaluate" in todo and config.evaluate.classifier:
         load_own(config.evaluate.classifier, shop.data, torch.device("cpu"))
@@ -112,10 +119,15 @@ def run_stages(
         load_own(config.encoder.own_classifier, shop.data, torch.device("cpu"), "encoder.classifier")
     run = RUNS / config.run
     run.mkdir(parents=True, exist_ok=True)
-    with alone(run, StageError) if fabric.is_global_zero else nullcontext():
-        if fabric.is_global_zero:
+    with ExitStack() as held:
+
+        def hold() -> None:
+            held.enter_context(alone(run, StageError))
             for folder, _, _ in before.values():
                 folder.settle()
+
+        on_first(fabric, hold)
+        before, todo = look()  # another command may have been at work until now
         fabric.barrier()
         for name in names:
             folder, plan, status = before[name]
@@ -154,9 +166,8 @@ def _run_stage(
     remake: bool,
 ) -> None:
     fabric, console = shop.fabric, shop.console
-    if fabric.is_global_zero and not folder.open(plan, force=force, remake=remake):
+    if on_first(fabric, lambda: folder.open(plan, force=force, remake=remake)) is False:
         console.print(f"{name}: {STAGES[name].summary} …", highlight=False)
-    fabric.barrier()
     inputs = {needed: folder.run / needed for needed in plan.inputs}
     context = Context(shop, name, folder.part, inputs, previous)
     started = time.perf_counter()
@@ -172,7 +183,8 @@ def _run_stage(
         if fabric.is_global_zero:
             seconds = folder.spent(time.perf_counter() - started)
     fabric.barrier()
-    if fabric.is_global_zero:
+
+    def commit() -> None:
         devices = {
             "device": str(fabric.device),
             "processes": fabric.world_size,
@@ -180,4 +192,5 @@ def _run_stage(
         }
         folder.commit(plan, metrics, seconds, devices)
         console.print(", ".join([f"{name}: done in {seconds:.0f} s", *figures(metrics)]), highlight=False)
-    fabric.barrier()
+
+    on_first(fabric, commit)

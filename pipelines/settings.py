@@ -88,6 +88,15 @@ def _over(below: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _tables(path: str) -> Any:
+    """What settings of the dotted `path.` change where nothing is given: the tables of a default array."""
+    value: Any = Config()
+    for part in path.split(".")[:-1]:
+        value = getattr(value, part, None)
+    arrays = isinstance(value, tuple) and value and all(dataclasses.is_dataclass(entry) for entry in value)
+    return [dataclasses.asdict(entry) for entry in value] if arrays else {}
+
+
 def _apply(values: dict[str, Any], setting: str) -> None:
     """Write `a.b=value` into nested tables; the value is TOML, or a bare string."""
     key, equals, text = setting.partition("=")
@@ -98,7 +107,7 @@ def _apply(values: dict[str, Any], setting: str) -> None:
     while tables:
         table = tables.pop(0)
         path += f"{table}."
-        inner = values.setdefault(table, {})
+        inner = values.setdefault(table, _tables(path) if tables else {})
         if isinstance(inner, list) and all(isinstance(entry, dict) for entry in inner):
             # One table of an array goes by its name, or by its number; an only one need not be named.
             chosen = [e for i, e in enumerate(inner) if tables and tables[0] in (e.get("name"), str(i))]

@@ -16,6 +16,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -212,8 +213,7 @@ class StageFolder:
             return True
         if begun is not None and not force:
             raise self.unfinished(plan, begun)
-        if self.part.exists():
-            shutil.rmtree(self.part)
+        remove(self.part)
         self.part.mkdir(parents=True)
         facts = {**dataclasses.asdict(plan), "fingerprint": plan.fingerprint, "made_of": self._made_of(plan)}
         write_json(self.part / PLAN, facts)
@@ -266,12 +266,12 @@ class StageFolder:
             (self.part / leftover).unlink(missing_ok=True)
         shutil.rmtree(self.part / "jobs", ignore_errors=True)
         old = self.run / f"{self.name}.old"
-        if old.exists():
-            shutil.rmtree(old)
+        remove(old)
         if self.done.exists():
             os.replace(self.done, old)
         os.replace(self.part, self.done)
-        shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError):
+            remove(old)
 
 
 def figures(metrics: Mapping[str, Any]) -> list[str]:
@@ -286,6 +286,14 @@ def figures(metrics: Mapping[str, Any]) -> list[str]:
     )
     known = {name: metrics[name] for name in shown if metrics.get(name) is not None}
     return [f"{name.replace('_', ' ')} {value:.4g}" for name, value in known.items()]
+
+
+def remove(folder: Path) -> None:
+    """The folder, if there is one; of a link to another one the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def write_json(path: Path, value: Any) -> None:

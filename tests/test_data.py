@@ -62,7 +62,8 @@ def same(a: Dataset, b: Dataset) -> bool:
         ("image_size", 33, "even and from 8 to 64"),
         ("image_size", 66, "even and from 8 to 64"),
         ("channels", 2, "1 (grey) or 3 (RGB)"),
-        ("shift", -1, "0 or more"),
+        ("shift", -1, "from 0 to 63"),
+        ("shift", 64, "from 0 to 63"),
         ("train_images", -1, "0 (all) or more"),
         ("test_images", -1, "0 (all) or more"),
     ],
@@ -432,7 +433,12 @@ def test_augment_is_deterministic_by_rng_and_leaves_its_input() -> None:
 
 
 def test_shift_beyond_the_image_is_black() -> None:
-    assert augment(ramp(), DataConfig(shift=1000), rng(), shift=True).count_nonzero() < 70
+    assert augment(ramp(), DataConfig(shift=63), rng(), shift=True).count_nonzero() < 70
+
+
+def test_a_shift_out_of_the_image_is_refused() -> None:
+    with pytest.raises(DataError, match=r"^data\.shift: expected less than the 8 pixels of a side, got 8$"):
+        load_data(DataConfig(shift=8))
 
 
 def test_fewer_training_images_than_classes_are_refused() -> None:

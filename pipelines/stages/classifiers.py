@@ -26,7 +26,7 @@ from pipelines.judging import accuracy, held_out, proved
 from pipelines.own import load_own_classifier
 from pipelines.stage import FACTS, STATE, Plan, StageError, figures, settings_of, write_json
 
-VERSION = 4  # of `harden` and of each of its variants
+VERSION = 5  # of `harden` and of each of its variants
 VARIANT = "variant.json"
 _VALIDATION_STEPS = 10
 _CUSTOMARY = (Threat("linf", 0.15),)  # for what is trained for no threat
@@ -99,6 +99,8 @@ def _taken_over(own: Context, variant: HardenConfig) -> dict[str, Any] | None:
             continue
         if folder is None or facts.get("fingerprint") != fingerprint:
             continue
+        if own.main:
+            (folder / STATE).unlink(missing_ok=True)
         if folder != own.folder and own.main:
             partial = own.folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
@@ -149,8 +151,14 @@ def _harden(own: Context, context: Context, variant: HardenConfig) -> dict[str, 
             chain(start.body)
         except TypeError as error:
             raise StageError(f"harden.{variant.name}.start: {error}") from None
-    filter = load_run_filter(context) if variant.needs_filter else None
-    teacher = earlier(variant.teacher).requires_grad_(False) if variant.teacher else None
+    taught = next((other for other in context.config.harden if other.name == variant.teacher), None)
+    on_filter = variant.needs_filter or (taught is not None and taught.needs_filter)
+    filter = load_run_filter(context) if on_filter else None
+    teacher: Classifier | None = None
+    if taught is not None:
+        # Where it is deployed; on reconstructions the images are already what the filter makes of them.
+        place = "" if taught.behind == variant.behind == "reconstructions" else taught.behind
+        teacher = behind(place, earlier(taught.name).requires_grad_(False), filter)
     metrics = _train(own, start, variant.training, variant.objective, variant, filter, teacher)
 
     hardened = load_classifier(own.folder).requires_grad_(False).to(device)

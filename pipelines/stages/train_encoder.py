@@ -20,6 +20,7 @@ from manifold_defense.encoders import encoder_from
 from manifold_defense.hardening.agreement import Agreement
 from pipelines.board import grid
 from pipelines.context import Context
+from pipelines.defences import behind
 from pipelines.own import blamed_on, load_own, load_own_classifier, load_own_filter
 from pipelines.stage import StageError
 
@@ -70,7 +71,8 @@ def _agreement(context: Context) -> Agree | None:
     if own:
         known = load_own(own, context.data, device, "encoder.classifier")
     else:
-        known = _classifier(context, config.classifier)
+        variant = next((v for v in context.config.harden if v.name == config.classifier), None)
+        known = behind(variant.behind if variant else "", _classifier(context, config.classifier), None)
     return partial(Agreement, known.requires_grad_(False), share=config.share)
 
 

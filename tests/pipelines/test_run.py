@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from pipelines_support import FEWER, invoke, rows, settings
 
+import pipelines.run
 from manifold_defense import load_classifier
 from pipelines.locking import alone
 from pipelines.stages import STAGES
@@ -258,6 +259,46 @@ def test_two_commands_do_not_work_on_one_run(run_folder):
     assert invoke("report", *settings()).exit_code == 0
 
 
+def test_what_another_command_finished_meanwhile_is_not_replaced(run_folder, monkeypatch):
+    """Between the first look and the lock devices are set up and data are read: time enough."""
+    shutil.rmtree(run_folder / "train-classifier")
+    first = ("run", "train-classifier", *settings("classifier.training.lr=1e-3"))
+    made, outputs = pipelines.run.make_fabric, []
+
+    def slow(config):
+        monkeypatch.undo()
+        monkeypatch.chdir(run_folder.parents[1])
+        outputs.append(invoke(*first).output)
+        return made(config)
+
+    monkeypatch.setattr(pipelines.run, "make_fabric", slow)
+    result = invoke("run", "train-classifier", *settings())
+    assert "train-classifier: done" in outputs[0]
+    assert result.exit_code == 1
+    assert "classifier.training.lr was 0.001, is 0.002" in result.output
+    monkeypatch.setattr(pipelines.run, "make_fabric", slow)
+    shutil.rmtree(run_folder / "train-classifier")
+    result = invoke(*first)
+    assert "train-classifier: done" in outputs[1]
+    assert result.exit_code == 0, result.output
+    assert "train-classifier: cached" in result.output
+
+
+def test_a_stage_that_lies_elsewhere_is_replaced_here_alone(run_folder, tmp_path):
+    done, moved = run_folder / "train-classifier", tmp_path / "elsewhere"
+    shutil.move(done, moved)
+    before = (moved / "stage.json").read_bytes()
+    for _ in range(2):
+        if done.exists():
+            shutil.rmtree(done)
+        done.symlink_to(moved)
+        result = invoke("train-classifier", "--force", *settings())
+        assert result.exit_code == 0, result.output
+        assert not done.is_symlink()
+        assert not (run_folder / "train-classifier.old").is_symlink()
+    assert (moved / "stage.json").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -273,6 +314,11 @@ def test_two_commands_do_not_work_on_one_run(run_folder):
             "fabric: devices: expected at most ",
         ),
         (["train-gan", "--set", "fabric.strategy=luck"], 2, "fabric: "),
+        (
+            ["train-gan", "--set", "fabric.accelerator=cpu", "--set", "fabric.precision=16-mixed"],
+            2,
+            "fabric.precision: expected 32-true or bf16-mixed on a CPU, got 16-mixed",
+        ),
         (
             ["filter", "missing.png", "out.png", "--filter", "nowhere"],
             1,
@@ -361,6 +407,11 @@ def test_two_processes_measure_what_one_does(run_folder):
 
     shutil.rmtree(run_folder / "harden")
     command[command.index("evaluate")] = "harden"
+    with alone(run_folder, RuntimeError):
+        refused = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert refused.returncode == 1
+    assert "another command is at work on it" in refused.stderr
+    assert "Traceback" not in refused.stderr
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert load_classifier(run_folder / "harden" / "hardened")(torch.rand(1, 1, 8, 8)).isfinite().all()

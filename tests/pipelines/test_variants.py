@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,6 +173,33 @@ def test_what_has_not_changed_is_taken_over(home, tmp_path):
     assert "harden hardened: cached" in result.output
     assert "harden teacher: cached" not in result.output
     assert "harden student: cached" not in result.output
+
+
+def test_a_teacher_is_asked_where_it_stands(home, monkeypatch):
+    """Behind its preprocessing: grey pixels are nothing that it was ever shown."""
+    Path("taught.toml").write_text(
+        '[[harden]]\nname = "narrow"\nbehind = "binarise"\nobjective = { name = "clean" }\n'
+        'training = { images = 64 }\n[[harden]]\nname = "pupil"\nteacher = "narrow"\n'
+        'objective = { name = "distillation" }\ntraining = { images = 64 }\n'
+    )
+    asked, train = [], stage._train
+
+    def noting(*given):
+        asked.append(given[-1])
+        return train(*given)
+
+    monkeypatch.setattr(stage, "_train", noting)
+    # A run of its own, of the same classifier.
+    shutil.copytree(home, home.with_name("taught"))
+    given = ("--force", "--run", "taught", "--config", "taught.toml")
+    result = invoke("harden", *given, *SMALL)
+    assert result.exit_code == 0, result.output
+    alone, teacher = asked
+    assert alone is None
+    x = torch.rand(5, 1, 8, 8)
+    deployed = load_classifier(home.with_name("taught") / "harden" / "narrow")
+    assert torch.equal(teacher(x), deployed((x > 0.5).float()))
+    assert not torch.equal(teacher(x), deployed(x))
 
 
 def test_finished_variants_outlive_an_interruption(home, monkeypatch):
