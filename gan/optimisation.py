@@ -29,7 +29,7 @@ class Record(NamedTuple):
 def seeded(seed: int, build: Callable[[], M]) -> M:
     """Build a module with weights that depend on `seed` alone; the global RNG is left untouched."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # that of the CPU alone, which weights are drawn from
         return build()
 
 

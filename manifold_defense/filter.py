@@ -8,10 +8,12 @@ alone, never the result.
 from __future__ import annotations
 
 import copy
-from typing import Any, Self, TypeVar, get_args
+from typing import Any, Self, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 from manifold_defense.modes import as_deployed
 from manifold_defense.projection import (
@@ -26,7 +28,7 @@ from manifold_defense.projection import (
     project_softly,
     surroundings,
 )
-from manifold_defense.types import Projection, View
+from manifold_defense.types import Generator, Projection, View
 
 VIEWS: tuple[View, ...] = get_args(View)
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -56,22 +58,25 @@ class ManifoldFilter(nn.Module):
         view: View = "exact",
     ) -> None:
         super().__init__()
-        if view not in VIEWS:
-            raise ValueError(f"view: expected one of {', '.join(VIEWS)}, got {view!r}")
         self.generator = generator
         self.encoder = encoder
         if config is None:
             config = PRESETS["robust"] if encoder is not None else ProjectionConfig(start="prior")
-        self.config = config
-        if self.config.uses_encoder and encoder is None:
-            raise ValueError("start 'encoder' needs an encoder; pass one, or a config with start='prior'")
-        if view == "start" and not self.config.uses_encoder:
-            raise ValueError(f"view 'start' needs start='encoder', got start={self.config.start!r}")
-        self.view = view
+        self._set(config, view)
         # For each device, type and setting: of which weights, and what. Shared with all views of it.
         self._made: dict[object, tuple[object, tuple[Bank | None, Metric | None]]] = {}
         self.requires_grad_(False)
         self.eval()
+
+    def _set(self, config: ProjectionConfig, view: View) -> None:
+        """Take settings and view; ValueError if they do not fit the filter, or each other."""
+        if view not in VIEWS:
+            raise ValueError(f"view: expected one of {', '.join(VIEWS)}, got {view!r}")
+        if config.uses_encoder and self.encoder is None:
+            raise ValueError("start 'encoder' needs an encoder; pass one, or a config with start='prior'")
+        if view == "start" and not config.uses_encoder:
+            raise ValueError(f"view 'start' needs start='encoder', got start={config.start!r}")
+        self.config, self.view = config, view
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -83,7 +88,7 @@ class ManifoldFilter(nn.Module):
         """Stay in eval mode: a filter has nothing to train, and batch statistics would couple images."""
         return super().train(False)
 
-    def configured(self, config: ProjectionConfig) -> ManifoldFilter:
+    def configured(self, config: ProjectionConfig) -> Self:
         """This filter, sharing all weights, with other settings: `filter.configured(PRESETS["accurate"])`."""
         if not isinstance(config, ProjectionConfig):
             raise TypeError(
@@ -91,13 +96,15 @@ class ManifoldFilter(nn.Module):
             )
         return self._like(config, self.view)
 
-    def seen(self, view: View) -> ManifoldFilter:
+    def seen(self, view: View) -> Self:
         """This filter, sharing all weights, differentiated as `view` says."""
         return self._like(self.config, view)
 
-    def _like(self, config: ProjectionConfig, view: View) -> ManifoldFilter:
-        other = ManifoldFilter(self.generator, self.encoder, config, view)
+    def _like(self, config: ProjectionConfig, view: View) -> Self:
+        """Of its own kind, with the hooks that it has: what else it does, its views do."""
+        other = with_parts(self)
         other._made = self._made
+        other._set(config, view)
         return other
 
     def views(self) -> tuple[View, ...]:
@@ -151,8 +158,13 @@ class ManifoldFilter(nn.Module):
         return attach_gradient(self.generator, x, found.z, self.config, self.view, metric=metric)  # type: ignore[arg-type]
 
     def _check(self, x: Tensor) -> None:
-        """`check_images`, and that they are of the type of the weights."""
+        """`check_images`, that they are of the type of the weights, and that no derivative would be lost."""
         check_images(x, self.image_shape)
+        if is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                "images: a filter is differentiated by torch.autograd in reverse mode alone; forward mode "
+                "and the transforms of torch.func would lose its derivative"
+            )
         weights = next(self.parameters(), x)
         if x.dtype != weights.dtype:
             raise ValueError(f"images: expected {weights.dtype} as the filter's weights are, got {x.dtype}")
@@ -166,11 +178,28 @@ class ManifoldFilter(nn.Module):
         key = (x.device, x.dtype, c.uses_metric and c.metric, c.uses_bank and (c.bank, c.seed))
         tensors = (*self.generator.parameters(), *self.generator.buffers())
         weights = [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
-        if key not in self._made or self._made[key][0] != weights:
-            made = surroundings(self.generator, x.detach()[:0], c)  # type: ignore[arg-type]
-            self._made[key] = weights, made
-        bank, metric = self._made[key][1]
+        # One of `DataParallel` has no parameters to know its weights by.
+        kept = {} if getattr(self.generator, "_is_replica", False) else self._made
+        if key not in kept or kept[key][0] != weights:
+            self._draws_what_it_says(x)
+            kept[key] = weights, surroundings(self.generator, x.detach()[:0], c)  # type: ignore[arg-type]
+        bank, metric = kept[key][1]
         return {"encoder": self.encoder, "bank": bank, "metric": metric}
+
+    @torch.no_grad()
+    def _draws_what_it_says(self, x: Tensor) -> None:
+        """Raise ValueError for a generator that draws images of another shape than its own."""
+        with as_deployed(self.generator):
+            drawn = self.generator(x.new_zeros(1, cast(Generator, self.generator).latent_dim))
+        if drawn.shape != (1, *self.image_shape):
+            raise ValueError(
+                f"generator: expected images of shape {(1, *self.image_shape)}, as its image_shape says, got "
+                f"{tuple(drawn.shape)}"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made of the weights, which is soon made anew."""
+        return {**self.__dict__, "_made": {}}
 
 
 def with_parts(module: _Model, **parts: nn.Module) -> _Model:

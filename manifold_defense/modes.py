@@ -29,7 +29,9 @@ def evaluation_mode(*models: object) -> Iterator[None]:
 
 
 def _modules(*models: object) -> list[nn.Module]:
-    """The modules that models consist of; of a function those that it closes over or knows by name."""
+    """The modules that models consist of; of a function those that it closes over or knows by name, of
+    another object that can be called those that it holds.
+    """
     found: list[nn.Module] = []
     left, seen = list[Any](models), dict[int, Any]()
     while left:
@@ -52,6 +54,8 @@ def _modules(*models: object) -> list[nn.Module]:
                 left += known.nonlocals.values()
                 left += [module for module in known.globals.values() if isinstance(module, nn.Module)]
             left += value.__defaults__ or ()
+        elif callable(value) and not isinstance(value, type):
+            left += [held for held in getattr(value, "__dict__", {}).values() if callable(held)]
     return found
 
 

@@ -27,14 +27,17 @@ class RandomisedFilter(ManifoldFilter):
 
     def __init__(self, filter: ManifoldFilter, seed: int = 0) -> None:
         super().__init__(filter.generator, filter.encoder, filter.config, filter.view)
-        if self.config.uses_bank or (self.config.uses_encoder and self.config.restarts == 1):
-            raise ValueError(
-                "a randomised filter needs prior starts: start='prior' or 'origin', or 'encoder' with "
-                f"restarts > 1 and others='prior', got {self.config.start!r}, {self.config.restarts} restarts"
-            )
         self._made = filter._made
         self.seed = seed
         self.rng = torch.Generator().manual_seed(seed)
+
+    def _set(self, config: ProjectionConfig, view: View) -> None:
+        if config.uses_bank or (config.uses_encoder and config.restarts == 1):
+            raise ValueError(
+                "a randomised filter needs prior starts: start='prior' or 'origin', or 'encoder' with "
+                f"restarts > 1 and others='prior', got {config.start!r}, {config.restarts} restarts"
+            )
+        super()._set(config, view)
 
     def reseed(self, seed: int) -> None:
         """Begin the draws anew, at `seed`."""
@@ -43,7 +46,9 @@ class RandomisedFilter(ManifoldFilter):
     def draw(self) -> ManifoldFilter:
         """The next draw, as a filter that keeps it."""
         fresh = int(torch.randint(2**31, (), generator=self.rng))
-        return super()._like(replace(self.config, seed=fresh), self.view)
+        drawn = ManifoldFilter(self.generator, self.encoder, replace(self.config, seed=fresh), self.view)
+        drawn._made = self._made
+        return drawn
 
     def project(self, x: Tensor) -> Projection:
         return self.draw().project(x)
@@ -51,11 +56,6 @@ class RandomisedFilter(ManifoldFilter):
     def drawing(self, x: Tensor) -> Tensor:
         """G(z*) from the next draw's starts; see `ManifoldFilter`."""
         return self.draw().drawing(x)
-
-    def _like(self, config: ProjectionConfig, view: View) -> RandomisedFilter:
-        other = RandomisedFilter(super()._like(config, view), self.seed)
-        other.rng = self.rng
-        return other
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class ProjectionConfig:
     loss          squared, huber, dead_zone_linf or dead_zone_l2 (see `losses`)
     radius        where Huber's loss turns linear, or the radius of the ball that a dead zone forgives
     prior_weight  μ of the term μ‖z‖² added to the loss
-    clip          the largest ‖z‖ / √D allowed after a step; 0 for none
+    clip          the largest ‖z‖ / √D allowed, at the start and after a step; 0 for none
 
     Schedule
     halve_every   drop the worse half of an image's restarts after every so many steps; 0 never

@@ -121,7 +121,7 @@ def _weighable(problem: Problem, point: Tensor, target: Tensor, restarts: int) -
     Those stand where the best of their image's does: zero times NaN would be no zero.
     """
     with torch.no_grad():
-        loss = problem.loss(point, target)[0].view(-1, restarts).nan_to_num(nan=torch.inf)
+        loss = problem.loss(point, target)[0].view(-1, restarts).nan_to_num(torch.inf, torch.inf)
     diverged = loss.isinf() & loss.isfinite().any(1, keepdim=True)
     best = loss.argmin(1) + restarts * torch.arange(len(loss), device=loss.device)
     stand_in = point.detach()[best].repeat_interleave(restarts, 0)
@@ -178,11 +178,14 @@ class Problem(NamedTuple):
         config, solver = self.config, SOLVERS[self.config.solver]
         scale = pixels if solver.mean_loss and self.metric is None else 1
         after = solver.step(state, loss / scale, gradient / scale, k, config)
-        if not config.clip:
-            return after
-        z = self.latent(after[0])
-        size = (z.square().mean(1, keepdim=True) + 1e-24).sqrt()
-        return self.point(z * (config.clip / size).clamp(max=1.0)), *after[1:]
+        return (self.point(self.clipped(self.latent(after[0]))), *after[1:]) if config.clip else after
+
+    def clipped(self, z: Tensor) -> Tensor:
+        """Latents (…, D), those outside the ball of the config moved onto it."""
+        if not self.config.clip:
+            return z
+        size = (z.square().mean(-1, keepdim=True) + 1e-24).sqrt()
+        return z * (self.config.clip / size).clamp(max=1.0)
 
 
 def _chunks(
@@ -191,7 +194,8 @@ def _chunks(
     """Images (n, C, H, W) and the points to start from (n, R, D), so many at a time as fit a chunk."""
     config = problem.config
     for part in x.split(max(1, config.chunk_on(x.device.type) // config.restarts)):
-        yield part, problem.point(starts(part, problem.generator.latent_dim, config, encoder, bank))
+        z = starts(part, problem.generator.latent_dim, config, encoder, bank)
+        yield part, problem.point(problem.clipped(z))
 
 
 def _project_chunk(problem: Problem, x: Tensor, start: Tensor) -> Projection:
@@ -298,6 +302,12 @@ def _going(
     return going
 
 
+def refuse_second_derivatives() -> None:
+    """In a backward pass: raise RuntimeError if it is to be differentiated again."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("a projection has first derivatives alone: expected no create_graph=True")
+
+
 class _Unrolled(torch.autograd.Function):
     """(x (N, C, H, W), starts (N, R, D)) -> w* (N, D), differentiated by running the solver backwards."""
 
@@ -320,8 +330,8 @@ class _Unrolled(torch.autograd.Function):
         return path.point[winner]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_point: Tensor) -> tuple[Tensor, Tensor, None]:
+        refuse_second_derivatives()
         x, start = ctx.saved_tensors
         problem: Problem = ctx.problem
         pixels, init = x.shape[1:].numel(), SOLVERS[problem.config.solver].init
@@ -341,8 +351,13 @@ class _Unrolled(torch.autograd.Function):
             with torch.enable_grad(), as_deployed(problem.generator):
                 state = tuple(entry[asked].detach().requires_grad_(True) for entry in ctx.states[k])
                 image = x[onward].requires_grad_(True)
-                loss, _ = problem.loss(state[0], image)
-                (gradient,) = torch.autograd.grad(loss.sum(), state[0], create_graph=True)
+                # A trial whose loss is not finite was rejected, and nothing hangs on it: whatever stands in
+                # its place, as zero times NaN would be NaN.
+                met_there = [entry[asked].view(len(onward), -1) for entry in ctx.slopes[k]]
+                sound = torch.cat(met_there, 1).isfinite().all(1, keepdim=True)
+                at = torch.where(sound, state[0], 0.0)
+                loss, _ = problem.loss(at, image)
+                (gradient,) = torch.autograd.grad(loss.sum(), at, create_graph=True)
                 # The values of the descent, which may have been rounded, so that the step decides as it
                 # did there; the derivatives of what was computed here.
                 loss, gradient = (

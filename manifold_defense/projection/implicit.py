@@ -15,7 +15,7 @@ from torch import Tensor
 
 from manifold_defense.modes import as_deployed
 from manifold_defense.projection.config import ProjectionConfig
-from manifold_defense.projection.descent import Problem
+from manifold_defense.projection.descent import Problem, refuse_second_derivatives
 from manifold_defense.projection.jacobian import Jacobian
 from manifold_defense.projection.losses import LOSSES
 from manifold_defense.projection.metric import Metric
@@ -91,8 +91,8 @@ class _Attached(torch.autograd.Function):
         return image
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
         x, z = ctx.saved_tensors
         with as_deployed(ctx.problem.generator):
             grad_x = _pulled_back(ctx.problem, ctx.formula, x, z, v, *ctx.limits)
@@ -161,6 +161,10 @@ def conjugate_gradients(
     residual is `tolerance · ‖b‖`, or where a direction of no positive curvature turns up; the first
     such direction is the answer if it is the very first.
     """
+    # Of right sides of any size: what is squared below would underflow.
+    unit = right.abs().amax(1, keepdim=True)
+    unit = torch.where(unit > 0, unit, 1.0)
+    right = right / unit
     solution, residual = torch.zeros_like(right), right.clone()
     search = precondition(residual)
     size = _dot(residual, search)
@@ -180,9 +184,9 @@ def conjugate_gradients(
         running &= _dot(residual, residual).sqrt() > goal
         preconditioned = precondition(residual)
         fresh = _dot(residual, preconditioned)
-        search = preconditioned + fresh / size.clamp(min=1e-30) * search
+        search = preconditioned + fresh / torch.where(size > 0, size, 1.0) * search
         size = fresh
-    return solution
+    return unit * solution
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

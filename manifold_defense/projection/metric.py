@@ -31,14 +31,17 @@ def mean_metric(generator: Generator, like: Tensor, *, samples: int = 32, seed: 
     dim, rng = generator.latent_dim, torch.Generator().manual_seed(seed)
     with torch.inference_mode(False), torch.no_grad():  # kept, and used in other modes than this caller's
         z = torch.randn(samples, dim, generator=rng).to(like.device, like.dtype)
-        mean, identity = torch.zeros(dim, dim).to(z), torch.eye(dim).to(z)
+        wide = torch.promote_types(z.dtype, torch.float32)  # the least that factors are found in
+        mean, identity = torch.zeros(dim, dim).to(z.device, wide), torch.eye(dim).to(z)
         for part in z.split(16):
             products = Jacobian(generator, part)
             columns = [products.along(axis.expand_as(part)).flatten(1) for axis in identity]
-            jacobian = torch.stack(columns, 2)  # (m, P, D)
+            jacobian = torch.stack(columns, 2).to(wide)  # (m, P, D)
             mean += (jacobian.mT @ jacobian).sum(0) / samples
         # Directions that the generator ignores have no scale of their own: a hundredth of the average.
         ridge = 0.01 * mean.diagonal().mean().clamp(min=1e-12)
-        factor = torch.linalg.cholesky(mean + ridge * identity)
-        inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-    return Metric(factor, inverse)
+        factor, failed = torch.linalg.cholesky_ex(mean + ridge * identity)
+        if failed or not factor.isfinite().all():
+            raise ValueError("generator: expected a finite Jacobian at latents of the prior")
+        inverse = torch.linalg.solve_triangular(factor, identity.to(wide), upper=False)
+    return Metric(factor.to(z), inverse.to(z))

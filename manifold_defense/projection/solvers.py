@@ -102,7 +102,7 @@ def _lbfgs_step(state: State, loss: Tensor, gradient: Tensor, k: int, config: Pr
     shorter = torch.maximum(torch.minimum(shorter, 0.5 * length), 0.1 * length)
 
     # Accepted: remember the pair if it is curved upwards, and turn.
-    move, change = trial - z, gradient - g
+    move, change = torch.where(accepted, trial, z) - z, torch.where(accepted, gradient, g) - g
     curvature = (move * change).sum(1, keepdim=True)
     first = torch.isinf(f)
     curved = accepted & ~first & (curvature > 1e-10)

@@ -227,8 +227,9 @@ def test_a_filter_makes_its_bank_and_metric_once(networks: Any, start: Any) -> N
     first, _ = len(calls), calls.clear()
     assert torch.equal(filter(x), expected)
     assert torch.equal(project(networks[0], x, config, encoder=networks[1]).image, expected)
-    # Three gradients, the last loss and the image; once the bank and two batches of the metric besides.
-    assert (first, len(calls)) == (5 + 3, 5 + (5 + 3))
+    # Three gradients, the last loss and the image; once the bank and two batches of the metric besides, and of
+    # a filter one image to see its shape.
+    assert (first, len(calls)) == (5 + 3 + 1, 5 + (5 + 3))
     calls.clear()
     assert torch.equal(filter.seen("tangent")(x), expected)
     assert len(calls) == 5
