@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
-from manifold_defense.modes import as_deployed
+from manifold_defense.modes import as_deployed, uncompiled
 from manifold_defense.projection import (
     PRESETS,
     Bank,
@@ -119,6 +119,7 @@ class ManifoldFilter(nn.Module):
         lacking = {"start": not c.uses_encoder, "soft": c.restarts == 1}
         return tuple(view for view in VIEWS if not lacking.get(view))
 
+    @uncompiled
     def project(self, x: Tensor) -> Projection:
         """The whole result for images (N, C, H, W): latents, images, errors and steps; no gradient."""
         self._check(x)
@@ -135,6 +136,7 @@ class ManifoldFilter(nn.Module):
         strength = self.config.strength
         return drawing if strength == 1 else x + strength * (drawing - x)
 
+    @uncompiled
     def drawing(self, x: Tensor) -> Tensor:
         """G(z*) for images (N, C, H, W), differentiable as the view says."""
         self._check(x)

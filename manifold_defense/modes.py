@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @contextmanager
@@ -57,6 +59,11 @@ def _modules(*models: object) -> list[nn.Module]:
         elif callable(value) and not isinstance(value, type):
             left += [held for held in getattr(value, "__dict__", {}).values() if callable(held)]
     return found
+
+
+def uncompiled(function: _Function) -> _Function:
+    """`torch.compile` leaves it as it is: what differentiates within itself is no graph."""
+    return cast(_Function, torch.compiler.disable(function))
 
 
 @contextmanager

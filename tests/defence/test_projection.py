@@ -122,6 +122,12 @@ def test_lbfgs_takes_back_steps_to_where_nothing_is_drawn(beyond: float) -> None
     x = torch.full((1, 1, 1, 1), 0.9, dtype=torch.float64)
     config = ProjectionConfig("lbfgs", "origin", metric="none", steps=30, step_size=10.0)
     assert float(project(Line(), x, config).error) < 1e-8
+    # A trial that was rejected has no part in the result, nor in its gradient.
+    short, step = replace(config, steps=6), 1e-6
+    drawn = project_exactly(Line(), x.requires_grad_(True), short)
+    (gradient,) = torch.autograd.grad(drawn.sum(), x)
+    ends = [float(project(Line(), (x + s * step).detach(), short).image) for s in (1, -1)]
+    torch.testing.assert_close(float(gradient), (ends[0] - ends[1]) / (2 * step), rtol=1e-4, atol=1e-8)
 
 
 def test_the_reference_is_as_published() -> None:

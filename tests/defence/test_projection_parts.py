@@ -1,5 +1,6 @@
 """Losses, starts, metric and schedule: each against its closed form or a count."""
 
+import copy
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -85,6 +86,41 @@ def test_latents_stay_in_the_clip(linear: Any, solver: Any) -> None:
     assert (free > 0.5).any()
     assert (held <= 0.5 + 1e-9).all()
     assert (held > 0.49).any()
+    # What lies within is left alone.
+    torch.testing.assert_close(project(linear, x, replace(config, clip=9.0)).z, project(linear, x, config).z)
+    begun = replace(config, start="encoder", clip=0.5)
+    found = project(linear, x, begun, encoder=lambda x: torch.full((len(x), 5), 3.0, dtype=x.dtype))
+    assert (found.z.square().mean(1).sqrt() <= 0.5 + 1e-9).all()
+
+
+def test_of_equal_losses_the_earliest_wins() -> None:
+    class Flat(Curved):
+        """Draws the same whatever it is asked."""
+
+        def forward(self, z: Tensor) -> Tensor:
+            return super().forward(0 * z) + 0 * z.sum()
+
+    found = project(Flat(), images(3), ProjectionConfig("gd", "prior", metric="none", steps=4, restarts=3))
+    assert found.restart.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_metric_of_a_filter_of_few_digits(networks: Any, dtype: torch.dtype) -> None:
+    like = torch.zeros(0, 1, 8, 8)
+    full = mean_metric(networks[0], like)
+    short = mean_metric(copy.deepcopy(networks[0]).to(dtype), like.to(dtype))
+    assert short.factor.dtype == short.inverse.dtype == dtype
+    scale = float(full.factor.abs().max())
+    torch.testing.assert_close(short.factor.float(), full.factor, atol=0.1 * scale, rtol=0)
+
+
+def test_a_generator_without_a_slope_is_named() -> None:
+    class Broken(Curved):
+        def forward(self, z: Tensor) -> Tensor:
+            return super().forward(z) * torch.nan
+
+    with pytest.raises(ValueError, match=r"^generator: expected a finite Jacobian"):
+        mean_metric(Broken(), images(0))
 
 
 # --- Starts ---
@@ -163,6 +199,8 @@ def test_an_image_stops_at_its_target() -> None:
     assert (found.error[reached] <= target).all()
     assert (found.steps[reached] < 120).all()
     assert (found.steps[~reached] == 120).all()
+    # The first restart that is there stops the others of its image: all have taken as many steps.
+    assert (found.steps % 3 == 0).all()
     torch.testing.assert_close(found.error[~reached], full.error[~reached])
     assert (project(generator, x, replace(config, target_error=10.0)).steps == 3).all()
 

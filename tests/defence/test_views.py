@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from manifold_defense.projection import (
     ProjectionConfig,
@@ -68,6 +68,56 @@ def test_conjugate_gradients_solve() -> None:
         lambda p: torch.einsum("nij,nj->ni", matrix, p), right, iterations=1, tolerance=0.0
     )
     assert not torch.allclose(rough, expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("exponent", [-30, -15, 0, 20])
+def test_conjugate_gradients_of_right_sides_of_any_size(exponent: int) -> None:
+    """In float32, in which what is squared soon underflows: sure classifiers have such gradients."""
+    rng = torch.Generator().manual_seed(0)
+    root = torch.randn(4, 6, 6, generator=rng)
+    matrix, right = root @ root.mT + torch.eye(6), torch.randn(4, 6, generator=rng)
+    solutions = [
+        conjugate_gradients(lambda p: torch.einsum("nij,nj->ni", matrix, p), b, iterations=30, tolerance=1e-5)
+        for b in (right, right * 10.0**exponent)
+    ]
+    torch.testing.assert_close(solutions[1] / 10.0**exponent, solutions[0], rtol=1e-3, atol=1e-4)
+
+
+def test_gauss_newton_of_a_linear_generator_with_a_prior_is_ridge_regression(linear: Any) -> None:
+    x, v, mu = images(4), images(4, seed=20) - 0.5, 0.3
+    config = ProjectionConfig("lbfgs", "prior", steps=60, prior_weight=mu)
+    found, a = project(linear, x, config), linear.matrix.detach()
+    ridge = a @ torch.linalg.solve(a.T @ a + mu * torch.eye(a.shape[1], dtype=a.dtype), a.T)
+    for formula in ("gauss_newton", "implicit"):
+        got = product(lambda x, f=formula: attach_gradient(linear, x, found.z, config, f, **SHARP), x, v)
+        torch.testing.assert_close(got.flatten(1), v.flatten(1) @ ridge, atol=1e-6, rtol=0)
+
+
+def test_a_metric_is_the_inverse_that_conjugate_gradients_need(linear: Any) -> None:
+    """Of a linear generator it is the matrix itself: one iteration is enough, as good as any."""
+    x, v = images(4), images(4, seed=20) - 0.5
+    found = project(linear, x, ProjectionConfig("lbfgs", "prior", steps=60))
+    once = {"iterations": 1, "tolerance": 0.0, "damping": 0.0}
+    errors = []
+    for metric in (mean_metric(linear, x), None):
+        got = product(
+            lambda x, m=metric: attach_gradient(linear, x, found.z, CONVERGED, "tangent", metric=m, **once),
+            x,
+            v,
+        )
+        errors.append(float((got.flatten(1) - v.flatten(1) @ projector(linear)).norm()))
+    assert errors[0] < 0.05 * errors[1]
+
+
+def test_damping_shortens_directions_that_the_generator_hardly_knows(linear: Any) -> None:
+    x, v = images(4), images(4, seed=20) - 0.5
+    found = project(linear, x, ProjectionConfig("lbfgs", "prior", steps=60))
+    damped = {**SHARP, "damping": 0.5}
+    a = linear.matrix.detach()
+    scale = Jacobian(linear, found.z).stretch()[0]
+    ridge = a @ torch.linalg.solve(a.T @ a + 0.5 * scale * torch.eye(a.shape[1], dtype=a.dtype), a.T)
+    got = product(lambda x: attach_gradient(linear, x, found.z, CONVERGED, "tangent", **damped), x, v)
+    torch.testing.assert_close(got.flatten(1), v.flatten(1) @ ridge, atol=1e-6, rtol=0)
 
 
 def test_conjugate_gradients_stop_at_negative_curvature() -> None:
@@ -145,6 +195,22 @@ def test_stationarity_tells_an_unfinished_projection() -> None:
     assert (far[2] < 1e-5).all()
 
 
+def test_stationarity_by_hand() -> None:
+    class Line(nn.Module):
+        """`G(z) = (z, z)`: the gradient of the squared error is `2 (r₁ + r₂)`, and the stretch s² is 2."""
+
+        latent_dim, image_shape = 1, (1, 1, 2)
+
+        def forward(self, z: Tensor) -> Tensor:
+            return z.expand(-1, 2).view(-1, 1, 1, 2)
+
+    x, z = torch.tensor([0.1, 0.7]).view(1, 1, 1, 2), torch.tensor([[0.9]])
+    config = replace(CONVERGED, metric="none")
+    r = (0.9 - x).flatten()
+    expected = 2 * r.sum() / (2 * 2**0.5 * r.norm())
+    torch.testing.assert_close(stationarity(Line(), x, z, config)[0], expected)
+
+
 SEVERAL = ProjectionConfig("gd", "prior", restarts=3, steps=4)
 
 
@@ -172,19 +238,24 @@ def test_a_cold_mixture_is_the_winner_and_a_warm_one_sees_the_others() -> None:
 class Cracked(Curved):
     """Without an image where the first latent is above 0.3."""
 
+    def __init__(self, beyond: float) -> None:
+        super().__init__()
+        self.beyond = beyond
+
     def forward(self, z: Tensor) -> Tensor:
-        return super().forward(z) + torch.where(z[:, :1] > 0.3, torch.nan, 0.0).view(-1, 1, 1, 1)
+        return super().forward(z) + torch.where(z[:, :1] > 0.3, self.beyond, 0.0).view(-1, 1, 1, 1)
 
 
-def test_a_restart_that_diverged_has_no_weight() -> None:
+@pytest.mark.parametrize("beyond", [torch.nan, torch.inf])
+def test_a_restart_that_diverged_has_no_weight(beyond: float) -> None:
     config = ProjectionConfig("gd", "prior", metric="none", restarts=8, steps=3, step_size=0.01)
     x, mixtures = near(Curved()).requires_grad_(True), []
-    for generator in (Curved(), Cracked()):
+    for generator in (Curved(), Cracked(beyond)):
         mixtures.append(project_softly(generator, x, config, temperature=1e-4))
-    deployed = project(Cracked(), x.detach(), config)
+    deployed = project(Cracked(beyond), x.detach(), config)
     assert deployed.image.isfinite().all()
     torch.testing.assert_close(mixtures[1].detach(), deployed.image, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(mixtures[0], mixtures[1])  # where it is whole, one beyond the crack wins
     (gradient,) = torch.autograd.grad(mixtures[1].sum(), x)
-    exact = torch.autograd.grad(project_exactly(Cracked(), x, config).sum(), x)[0]
+    exact = torch.autograd.grad(project_exactly(Cracked(beyond), x, config).sum(), x)[0]
     torch.testing.assert_close(gradient, exact, rtol=1e-2, atol=1e-3)

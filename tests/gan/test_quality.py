@@ -66,6 +66,15 @@ def test_identical_sets_cover_each_other(n: int, offset: float) -> None:
     assert precision_recall(features, features.flip(0)) == (1.0, 1.0)
 
 
+def test_where_the_features_lie_does_not_matter() -> None:
+    real, fake = normal(200, 5), 0.4 * normal(200, 5, seed=1)
+    expected = precision_recall(real, fake)
+    assert 0.1 < expected.recall < 0.95
+    far = precision_recall(real + 4096, fake + 4096)
+    assert far.recall == pytest.approx(expected.recall, abs=0.02)
+    assert far.precision == pytest.approx(expected.precision, abs=0.02)
+
+
 def test_far_sets_cover_nothing() -> None:
     assert precision_recall(normal(50, 8, 1), normal(60, 8, 2) + 100) == (0.0, 0.0)
 
