@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,7 +50,7 @@ def load_filter(folder: str | Path) -> ManifoldFilter:
     The networks that `save_gan` or a training stage left make one with the default settings. Raises
     ArtifactError (a ValueError) that names the file if anything is missing or damaged.
     """
-    if not (Path(folder) / FILTER).is_file() and (Path(folder) / GAN).is_file():
+    if not any(_places(Path(folder), FILTER, "filter")) and (Path(folder) / GAN).is_file():
         return ManifoldFilter(*load_gan(folder))
     path = _locate(Path(folder), FILTER, "filter")
     facts, weights = _load(path, FILTER)
@@ -59,7 +59,7 @@ def load_filter(folder: str | Path) -> ManifoldFilter:
         config = _settings(ProjectionConfig, facts, "projection")
         return ManifoldFilter(generator, encoder, config)
     except (TypeError, ValueError) as error:
-        raise ArtifactError(f"{path / FILTER}: bad projection settings: {error}") from None
+        raise ArtifactError(f"{path / FILTER}: bad projection settings: {_line(error)}") from None
 
 
 def save_gan(generator: Generator, encoder: OwnEncoder | None, folder: str | Path) -> None:
@@ -95,10 +95,10 @@ def load_classifier(folder: str | Path) -> ImageClassifier:
     try:
         architecture = _settings(ArchitectureConfig, facts, "architecture")
         shape, classes = _shape(facts), _positive("classes", facts.get("classes"))
-        with _no_draws():
+        with _undrawn():
             model = ImageClassifier(shape, classes, architecture)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ArtifactError(f"{path / CLASSIFIER}: not a classifier description: {error}") from None
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ArtifactError(f"{path / CLASSIFIER}: not a classifier description: {_line(error)}") from None
     _fill(model, weights, "classifier", path / CLASSIFIER)
     return model.eval()
 
@@ -128,24 +128,30 @@ def _networks(
     try:
         shape, config = _shape(facts), _settings(NetworkConfig, facts, "network")
         encoder: OwnEncoder | None = None
-        with _no_draws():
+        with _undrawn():
             generator = Generator(shape, config)
             if "encoder" in facts:
                 architecture = _settings(ArchitectureConfig, facts, "encoder")
                 encoder = ImageClassifier(shape, config.latent_dim, architecture).eval()
             elif any(name.startswith("encoder.") for name in weights):
                 encoder = Encoder(shape, config)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ArtifactError(f"{source}: not a description of networks: {error}") from None
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ArtifactError(f"{source}: not a description of networks: {_line(error)}") from None
     _fill(generator, weights, "generator", source)
     if encoder is not None:
         _fill(encoder, weights, "encoder", source)
     return generator, encoder
 
 
-def _no_draws() -> AbstractContextManager[None]:
-    """The weights that networks begin with, soon overwritten, cost the global RNG nothing."""
-    return torch.random.fork_rng(devices=[])
+@contextmanager
+def _undrawn() -> Iterator[None]:
+    """Networks are made without weights: a folder's own come later, whatever it claims that they are."""
+    with torch.inference_mode(False), torch.device("meta"):
+        yield
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _settings(kind: Callable[..., _Settings], facts: dict[str, Any], key: str) -> _Settings:
@@ -176,11 +182,14 @@ def _positive(name: str, value: Any) -> int:
     return value
 
 
+def _places(folder: Path, name: str, inside: str) -> list[Path]:
+    """`folder` itself, and the subfolder that an export keeps the thing in, if it is there."""
+    return [path for path in (folder, folder / inside) if (path / name).is_file()]
+
+
 def _locate(folder: Path, name: str, inside: str) -> Path:
-    """`folder` itself, or the subfolder that an export keeps the thing in."""
-    for candidate in (folder, folder / inside):
-        if (candidate / name).is_file():
-            return candidate
+    for place in _places(folder, name, inside):
+        return place
     raise ArtifactError(f"{folder}: expected a folder with {name} in it")
 
 
@@ -210,7 +219,8 @@ def _load(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         facts = json.loads(source.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{source}: cannot be read: {error}") from None
-    if not isinstance(facts, dict) or facts.get("version") != VERSION:
+    version = facts.get("version") if isinstance(facts, dict) else None
+    if type(version) is not int or version != VERSION:
         raise ArtifactError(f"{source}: expected version {VERSION} of the format")
     try:
         return facts, load_file(weights)
@@ -222,9 +232,11 @@ def _fill(module: nn.Module, weights: dict[str, Tensor], prefix: str, source: Pa
     own = {key.removeprefix(prefix + "."): v for key, v in weights.items() if key.startswith(prefix + ".")}
     file = source.with_suffix(".safetensors")
     try:
-        module.load_state_dict(own)
+        with torch.inference_mode(False):  # used outside of the caller's mode, too
+            module.load_state_dict({key: value.to("meta") for key, value in own.items()})  # if it fits
+            module.to_empty(device="cpu").load_state_dict(own)
     except RuntimeError as error:
-        raise ArtifactError(f"{file}: weights do not fit: {' '.join(str(error).split())}") from None
+        raise ArtifactError(f"{file}: weights do not fit: {_line(error)}") from None
     for key, value in module.state_dict().items():
         if value.is_floating_point() != own[key].is_floating_point():
             raise ArtifactError(f"{file}: {prefix}.{key}: expected {value.dtype}, got {own[key].dtype}")

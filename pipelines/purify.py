@@ -9,7 +9,7 @@ import csv
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -156,10 +156,17 @@ def _purify_folder(
         if not force and any(target.iterdir()):
             raise PurifyError(f"{target}: not empty; --force writes into it")
     with alone(target, PurifyError):
-        for partial in target.rglob(".[0-9]*.partial"):  # half-written by a command that was killed
+        for folder in {target, *(task.output.parent for task in tasks)}:
+            _sweep(folder)
+        return _fill_folder(filter, tasks, target, batch_size, on_progress)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what commands that were killed left half-written."""
+    for partial in folder.glob(".*.partial"):
+        if partial.name.split(".")[1].isdigit() and partial.name.count(".") == 2:
             with _explained(partial, "removed"):
                 partial.unlink(missing_ok=True)
-        return _fill_folder(filter, tasks, target, batch_size, on_progress)
 
 
 def _fill_folder(
@@ -216,6 +223,7 @@ def _plan(source: Path, target: Path) -> list[_Task]:
                 f"{source}: {makers[result]} and {relative.as_posix()} would both become {result}"
             )
         makers[result] = relative.as_posix()
+    _check_links(source, target, files, makers)
     for result, name in makers.items():
         if result.parts[0] == ERRORS:
             raise PurifyError(f"{source}: {name} would stand where the table {ERRORS} goes")
@@ -223,6 +231,18 @@ def _plan(source: Path, target: Path) -> list[_Task]:
             if folder in makers:
                 raise PurifyError(f"{source}: {makers[folder]} would become {folder}, the folder of {name}")
     return [_Task(source / name, name, target / result) for result, name in makers.items()]
+
+
+def _check_links(source: Path, target: Path, files: Sequence[Path], results: Iterable[Path]) -> None:
+    """PurifyError where a link leads from where images are read to where they are written, or back."""
+    read = {os.path.realpath(path.parent) for path in files} | {os.path.realpath(source)}
+    within = os.path.realpath(target)
+    for path in files:
+        if Path(os.path.realpath(path)).is_relative_to(within):
+            raise PurifyError(f"{path}: leads into the output folder {target}")
+    for folder in {(target / result).parent for result in results}:
+        if os.path.realpath(folder) in read or not Path(os.path.realpath(folder)).is_relative_to(within):
+            raise PurifyError(f"{folder}: leads out of the output folder {target}")
 
 
 def _purify_batch(filter: ManifoldFilter, tasks: Sequence[_Task]) -> list[_Row]:

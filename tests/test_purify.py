@@ -441,13 +441,30 @@ def test_two_commands_do_not_fill_one_folder(rgb: ManifoldFilter, tmp_path: Path
     assert purify(rgb, source, target).written == len(TREE)
 
 
+def test_a_link_leads_neither_into_what_is_written_nor_out_of_it(rgb: ManifoldFilter, tmp_path: Path) -> None:
+    source, target = save_tree(tmp_path / "in"), tmp_path / "out"
+    target.mkdir()
+    (target / "cat").symlink_to(source / "cat", target_is_directory=True)
+    before = contents(tmp_path)
+    assert "leads out of the output folder" in refused(rgb, source, target, force=True)
+    assert contents(tmp_path) == before
+    (target / "cat").unlink()
+    assert purify(rgb, source, target, force=True).written == len(TREE)
+    linked = source / "again.png"
+    linked.symlink_to(next((target / "cat").glob("*.png")))
+    assert "leads into the output folder" in refused(rgb, source, target, force=True)
+    linked.unlink()
+    (source / "more").symlink_to(target, target_is_directory=True)
+    assert "leads into the output folder" in refused(rgb, source, target, force=True)
+
+
 def test_what_a_killed_command_left_half_written_is_removed(rgb: ManifoldFilter, tmp_path: Path) -> None:
     (tmp_path / "out" / "cat").mkdir(parents=True)
-    for name in (".123.partial", "cat/.45.partial", ".mine.partial"):
+    for name in (".123.partial", "cat/.45.partial", ".mine.partial", ".2024-notes.partial", ".1.a.partial"):
         (tmp_path / "out" / name).write_text("half")
     purify(rgb, save_tree(tmp_path / "in"), tmp_path / "out", force=True)
     hidden = sorted(path.name for path in (tmp_path / "out").rglob(".*"))
-    assert hidden == [".mine.partial"]
+    assert hidden == [".1.a.partial", ".2024-notes.partial", ".mine.partial"]
 
 
 def test_an_empty_folder_needs_no_force(rgb: ManifoldFilter, tmp_path: Path) -> None:

@@ -284,8 +284,12 @@ def evaluate(
 def _ask(defence: Defence, x: Tensor, y: Tensor) -> None:
     """Raise ModelError for a model that cannot be evaluated on images x (N, C, H, W), labels y (N,)."""
     given, known = x[:2].clone(), int(y.max()) + 1
-    with evaluation_mode(defence.model), seeded(defence.model, 0):
-        logits = defence.asked(defence.model, given)
+
+    def answers(model: Classifier) -> Tensor:
+        with evaluation_mode(model), seeded(model, 0):
+            return defence.asked(model, given)
+
+    logits = answers(defence.model)
     expected = f"{defence.name}: expected float logits (N, K) of {len(given)} images, got"
     if not isinstance(logits, Tensor):
         raise ModelError(f"{expected} {type(logits).__name__}")
@@ -298,6 +302,18 @@ def _ask(defence: Defence, x: Tensor, y: Tensor) -> None:
         raise ValueError(
             f"labels: expected below {logits.shape[1]}, the classes of {defence.name}, got {known - 1}"
         )
+    for view, model in defence.attacked.items():
+        if model is defence.model or defence.presses(view):
+            continue
+        seen = answers(model)
+        if seen.shape != logits.shape or not torch.allclose(
+            seen, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())
+        ):
+            # An attack that fools it stops there, and would be judged by another model.
+            raise ModelError(
+                f"{defence.name}: view {view}: expected the logits of the deployed model, or the view to be "
+                "one of `surrogates`"
+            )
 
 
 def _copied(model: Classifier) -> Classifier:

@@ -181,6 +181,24 @@ def test_the_parent_of_an_export_will_do(tmp_path: Path, kind: str) -> None:
         assert load_classifier(tmp_path).classes == 5
 
 
+def test_an_export_beside_a_gan_is_the_filter(tmp_path: Path) -> None:
+    filter = make_filter()
+    save_gan(filter.generator, filter.encoder, tmp_path)  # type: ignore[arg-type]
+    save_filter(filter.configured(ProjectionConfig(steps=3)), tmp_path / "filter")
+    assert load_filter(tmp_path).config.steps == 3
+
+
+def test_what_is_loaded_in_inference_mode_works_outside_of_it(tmp_path: Path) -> None:
+    filter, x = make_filter().configured(ProjectionConfig(steps=2)), images((1, 8, 8))
+    save_filter(filter, tmp_path)
+    with torch.inference_mode():
+        loaded = load_filter(tmp_path)
+        assert torch.equal(loaded(x), filter(x))
+    assert torch.equal(loaded(x), filter(x))
+    (gradient,) = torch.autograd.grad(loaded(x.requires_grad_(True)).sum(), x)
+    assert gradient.isfinite().all()
+
+
 def test_saving_again_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     save_filter(make_filter(encoder=False), tmp_path)
     save_filter(make_filter(), tmp_path)
@@ -298,6 +316,8 @@ ANY_KIND: dict[str, tuple[Damage, str]] = {
     "other-names": (change(lambda key, v: None), "weights"),
     "transposed": (change(lambda key, v: v.transpose(0, -1).contiguous() if v.dim() > 1 else v), "weights"),
     "version-2": (edit(version=2), "facts"),
+    "version-true": (edit(version=True), "facts"),
+    "version-1.0": (edit(version=1.0), "facts"),
     "version-none": (drop("version"), "facts"),
     "garbage": (write(b"\x00\x9f{garbage"), "facts"),
     "half-json": (write(b'{"version": 1,'), "facts"),
@@ -311,12 +331,17 @@ ANY_KIND: dict[str, tuple[Damage, str]] = {
     "shape-null": (edit(image_shape=None), "facts"),
     "no-shape": (drop("image_shape"), "facts"),
     "another-shape": (edit(image_shape=[1, 16, 16]), "weights"),
+    "shape-beyond": (edit(image_shape=[1, 10**30, 8]), "facts"),
 }
 FILTER: dict[str, tuple[Damage, str]] = {
     "no-network": (drop("network"), "facts"),
     "unknown-network-key": (edit(network={"depth": 3}), "facts"),
     "latent-of-half": (edit(network={"latent_dim": 6.5}), "facts"),
     "latent-of-zero": (edit(network={"latent_dim": 0}), "facts"),
+    "latents-beyond": (edit(network={"latent_dim": 10**30}), "facts"),
+    "latents-of-a-terabyte": (edit(network={"latent_dim": 10**10}), "weights"),
+    "key-of-two-lines": (edit(network={"a\nb": 3}), "facts"),
+    "projection-key-of-two-lines": (edit(projection={"a\nb": 3}), "facts"),
     "no-projection": (drop("projection"), "facts"),
     "projection-null": (edit(projection=None), "facts"),
     "seed-beyond": (edit(projection={"seed": 10**30, "start": "prior"}), "facts"),
@@ -337,6 +362,8 @@ CLASSIFIER: dict[str, tuple[Damage, str]] = {
     "classes-negative": (edit(classes=-3), "facts"),
     "classes-null": (edit(classes=None), "facts"),
     "classes-other": (edit(classes=7), "weights"),
+    "classes-beyond": (edit(classes=10**30), "facts"),
+    "width-of-a-terabyte": (edit(architecture={"width": 10**6}), "weights"),
 }
 
 

@@ -339,6 +339,22 @@ def test_an_attack_presses_on_where_another_model_or_other_draws_judge() -> None
     assert seen == [False, True, True]
 
 
+def test_a_view_that_answers_otherwise_is_no_view(classifier: nn.Module) -> None:
+    """An attack that fools it stops, though it did not fool what is deployed."""
+    x, y = labelled(classifier)
+
+    def other(x: Tensor) -> Tensor:
+        logits: Tensor = 2 * classifier(x)
+        return logits
+
+    views = {"exact": classifier, "identity": other}
+    with pytest.raises(ModelError, match=r"^a: view identity: expected the logits of the deployed model, or"):
+        evaluate([Defence("a", classifier, views)], SUITE, [LINF], x, y)
+    assert evaluate(
+        [Defence("a", classifier, views, surrogates=frozenset({"identity"}))], SUITE, [LINF], x, y, checks=0
+    ).rows
+
+
 def test_two_defences_of_one_name_are_refused(classifier: nn.Module) -> None:
     x, y = labelled(classifier)
     with pytest.raises(ValueError, match=r"^defences: expected different names"):
