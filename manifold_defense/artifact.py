@@ -23,6 +23,7 @@ from gan.networks import Encoder, Generator, NetworkConfig
 from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
 from manifold_defense.filter import ManifoldFilter
 from manifold_defense.projection import ProjectionConfig
+from manifold_defense.types import Threat
 
 VERSION = 1
 # Encoders that folders keep: a network of its own, or one that began as a classifier (`encoder_from`).
@@ -41,7 +42,8 @@ def save_filter(filter: ManifoldFilter, folder: str | Path) -> None:
     if type(filter) is not ManifoldFilter:
         raise ArtifactError(f"a folder holds a plain ManifoldFilter, got {type(filter).__name__}")
     facts, modules = _parts(filter.generator, filter.encoder)
-    _save(Path(folder), FILTER, {**facts, "projection": asdict(filter.config)}, modules)
+    more = {"projection": asdict(filter.config), "trained": [asdict(threat) for threat in filter.trained]}
+    _save(Path(folder), FILTER, {**facts, **more}, modules)
 
 
 def load_filter(folder: str | Path) -> ManifoldFilter:
@@ -57,9 +59,9 @@ def load_filter(folder: str | Path) -> ManifoldFilter:
     generator, encoder = _networks(path / FILTER, facts, weights)
     try:
         config = _settings(ProjectionConfig, facts, "projection")
-        return ManifoldFilter(generator, encoder, config)
+        return ManifoldFilter(generator, encoder, config, trained=_threats(facts))
     except (TypeError, ValueError) as error:
-        raise ArtifactError(f"{path / FILTER}: bad projection settings: {_line(error)}") from None
+        raise ArtifactError(f"{path / FILTER}: bad settings: {_line(error)}") from None
 
 
 def save_gan(generator: Generator, encoder: OwnEncoder | None, folder: str | Path) -> None:
@@ -166,6 +168,14 @@ def _settings(kind: Callable[..., _Settings], facts: dict[str, Any], key: str) -
         if not fits:
             raise ValueError(f"{key}.{name}: expected {_KINDS.get(wanted, wanted.__name__)}, got {value!r}")
     return kind(**values)
+
+
+def _threats(facts: dict[str, Any]) -> tuple[Threat, ...]:
+    """Those that an encoder was trained against; filters of long ago say nothing of them."""
+    entries = facts.get("trained", [])
+    if not isinstance(entries, list):
+        raise ValueError(f"trained: expected a list of threats, got {entries!r}")
+    return tuple(_settings(Threat, {"trained": entry}, "trained") for entry in entries)
 
 
 def _shape(facts: dict[str, Any]) -> tuple[int, int, int]:

@@ -28,7 +28,7 @@ from manifold_defense.projection import (
     project_softly,
     surroundings,
 )
-from manifold_defense.types import Generator, Projection, View
+from manifold_defense.types import Generator, Projection, Threat, View
 
 VIEWS: tuple[View, ...] = get_args(View)
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -46,6 +46,8 @@ class ManifoldFilter(nn.Module):
     gradient of a mixture of all restarts in place of the best (see `project_softly`), `start` that of
     G(E(x)) alone, `identity` that of the identity; these are BPDA (Athalye, Carlini & Wagner 2018).
 
+    `trained` says which threats its encoder met in training; it changes nothing but what is said of it.
+
     Does not defend against perturbations along the manifold, nor repair what the classifier gets
     wrong on it; images that the generator cannot draw are damaged.
     """
@@ -56,10 +58,13 @@ class ManifoldFilter(nn.Module):
         encoder: nn.Module | None = None,
         config: ProjectionConfig | None = None,
         view: View = "exact",
+        *,
+        trained: tuple[Threat, ...] = (),
     ) -> None:
         super().__init__()
         self.generator = generator
         self.encoder = encoder
+        self.trained = trained
         if config is None:
             config = PRESETS["robust"] if encoder is not None else ProjectionConfig(start="prior")
         self._set(config, view)

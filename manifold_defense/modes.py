@@ -6,7 +6,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from functools import partial, wraps
 from typing import Any, TypeVar, cast
 
 import torch
@@ -63,7 +63,14 @@ def _modules(*models: object) -> list[nn.Module]:
 
 def uncompiled(function: _Function) -> _Function:
     """`torch.compile` leaves it as it is: what differentiates within itself is no graph."""
-    return cast(_Function, torch.compiler.disable(function))
+
+    @wraps(function)
+    def called(*given: Any, **named: Any) -> Any:
+        if torch.compiler.is_compiling():  # `disable` imports the compiler, which few need
+            return torch.compiler.disable(function)(*given, **named)
+        return function(*given, **named)
+
+    return cast(_Function, called)
 
 
 @contextmanager

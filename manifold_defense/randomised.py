@@ -26,7 +26,8 @@ class RandomisedFilter(ManifoldFilter):
     """
 
     def __init__(self, filter: ManifoldFilter, seed: int = 0) -> None:
-        super().__init__(filter.generator, filter.encoder, filter.config, filter.view)
+        parts = (filter.generator, filter.encoder, filter.config, filter.view)
+        super().__init__(*parts, trained=filter.trained)
         self._made = filter._made
         self.seed = seed
         self.rng = torch.Generator().manual_seed(seed)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from manifold_defense.artifact import load_classifier, load_gan
+from manifold_defense.artifact import load_classifier, load_filter
 from manifold_defense.attacks import Expectation
 from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.evaluation import Defence
@@ -38,8 +38,8 @@ _DRAWS, _ATTACKED = 100, 20  # of a model that draws, for each verdict and for e
 
 def load_run_filter(context: Context) -> ManifoldFilter:
     """The filter of this run, on this process's device."""
-    generator, encoder = load_gan(context.inputs["train-encoder"])
-    return ManifoldFilter(generator, encoder, context.config.projection).to(context.fabric.device)
+    filter = load_filter(context.inputs["train-encoder"])
+    return filter.configured(context.config.projection).to(context.fabric.device)
 
 
 def load_parts(context: Context) -> tuple[ManifoldFilter, ImageClassifier]:

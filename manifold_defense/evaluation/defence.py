@@ -39,7 +39,8 @@ class ModelError(ValueError):
 class Defence:
     """A model whose predictions count, and the models that an attacker may differentiate instead.
 
-    trained     the threats that it was trained for: a figure for another one is of an unseen threat
+    trained     the threats that it was trained for: a figure for one that none of them holds is of an
+                unseen threat
     draws       of a randomised model: how often each image is judged, on fresh draws; an image counts
                 by the share of them that are right
     predict     labels (N,) of the deployed model if they are not those of its logits: −1 for an image
@@ -107,10 +108,14 @@ class Defence:
         defended: DefendedClassifier | RejectingClassifier,
         trained: tuple[Threat, ...] = (),
     ) -> Defence:
-        """A classifier behind a filter, in every view that the filter has; it may refuse images."""
+        """A classifier behind a filter, in every view that the filter has; it may refuse images.
+
+        It was trained for what its filter was, besides `trained`.
+        """
         views = sorted(defended.filter.views(), key=ORDER.index)
         attacked: dict[str, Classifier] = {view: defended.view(view) for view in views}
         predict = defended.predict if isinstance(defended, RejectingClassifier) else None
+        trained = tuple(dict.fromkeys((*trained, *defended.filter.trained)))
         return cls(name, defended, {"unaware": defended.classifier, **attacked}, trained, predict=predict)
 
     @classmethod

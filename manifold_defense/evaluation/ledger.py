@@ -27,7 +27,7 @@ class Row:
 
     robust_accuracy  share of all n images: in mode standard what this attack and all before it
                      left, in mode full what it alone left
-    trained          whether the defence was trained for this threat
+    trained          whether the defence was trained for this threat, or for a larger one of its norm
     masked           whether a check found that the figure is no robustness figure
     settled          whether nothing was still found at the end: by the last two of an attack's rounds, or by
                      the checks; more of the same may lower a figure that has not
@@ -153,7 +153,7 @@ def _row(defence: Defence, attack: str, view: str | None, score: Tensor, threat:
     interval = wilson(round(robust), n)
     accuracy = robust / n if n else float("nan")
     norm, eps = (threat.norm, threat.eps) if threat else (None, 0.0)
-    trained = threat in defence.trained
+    trained = threat is not None and any(known == threat or known.holds(threat) for known in defence.trained)
     return Row(
         defence.name, attack, view, norm, eps, n, accuracy, interval.low, interval.high, trained=trained
     )

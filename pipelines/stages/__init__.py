@@ -77,7 +77,7 @@ _ALL = (
     ),
     Stage(
         "evaluate",
-        21,
+        22,
         "every attack on every defence, worst per image",
         ("seed", "data", "projection", "harden", "evaluate"),
         lambda config: ("train-encoder", "train-classifier", "harden") if _of_the_run(config) else (),

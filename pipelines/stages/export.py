@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from manifold_defense.artifact import load_classifier, load_filter, load_gan, save_classifier, save_filter
-from manifold_defense.filter import ManifoldFilter
+from manifold_defense.artifact import load_classifier, load_filter, save_classifier, save_filter
 from pipelines.context import Context
 from pipelines.stage import StageError
 
@@ -16,8 +15,7 @@ from pipelines.stage import StageError
 def run(context: Context) -> dict[str, Any]:
     if not context.main:
         return {}
-    generator, encoder = load_gan(context.inputs["train-encoder"])
-    filter = ManifoldFilter(generator, encoder, context.config.projection)
+    filter = load_filter(context.inputs["train-encoder"]).configured(context.config.projection)
     save_filter(filter, context.folder / "filter")
     hardened = {variant.name: context.inputs["harden"] / variant.name for variant in context.config.harden}
     for name, source in {"classifier": context.inputs["train-classifier"], **hardened}.items():

@@ -25,9 +25,9 @@ _LEGEND = """\
 that of the preprocessing: its encoder's, the identity's (BPDA), the range's, a smooth function's.
 *exact*: it differentiates every step of the projection. *worst of all* counts an image only if it survives
 everything, attacks without gradients and the images that broke the other defences included; it is the
-figure to quote. *: trained for this threat. ≤: the last rounds of an attack, or the
-checks, still broke some, and more of the same may. (masked): a check says that this is no robustness figure.
-Intervals are Wilson's.
+figure to quote. *: filter or classifier were trained for this threat. ≤: the last rounds of an attack, or
+the checks, still broke some, and more of the same may. (masked): a check says that this is no robustness
+figure. Intervals are Wilson's.
 """
 _COLUMNS = {
     "standard": "Each column is what is left after its attacks and those of the columns before it.",

@@ -14,10 +14,12 @@ from torch import nn
 from gan.inversion import Agree, encoder_state, train_encoder
 from gan.networks import Encoder, Generator
 from gan.optimisation import seeded
-from manifold_defense.artifact import OwnEncoder, load_classifier, load_gan, save_gan
+from manifold_defense.artifact import OwnEncoder, load_classifier, load_gan, save_filter
 from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.encoders import encoder_from
+from manifold_defense.filter import ManifoldFilter
 from manifold_defense.hardening.agreement import Agreement
+from manifold_defense.types import Threat
 from pipelines.board import grid
 from pipelines.context import Context
 from pipelines.defences import behind
@@ -27,7 +29,7 @@ from pipelines.stage import StageError
 
 def run(context: Context) -> dict[str, Any]:
     config, fabric, seed = context.config.encoder, context.fabric, context.config.seed
-    generator, encoder = _networks(context)
+    generator, encoder, trained = _networks(context)
     generator = generator.eval().requires_grad_(False).to(fabric.device)
     if context.config.encoder_body:
         encoder = encoder_from(_classifier(context, context.config.encoder_body), generator, seed=seed)
@@ -55,8 +57,10 @@ def run(context: Context) -> dict[str, Any]:
     )
     with blamed_on(config.own_classifier, "encoder.classifier"):
         context.train(loop, state, config.images, picture)
+    if config.images and config.disturbance.kind == "adversarial":
+        trained = tuple(dict.fromkeys((*trained, *config.disturbance.threats)))
     if context.main:
-        save_gan(generator, average, context.folder)
+        save_filter(ManifoldFilter(generator, average, trained=trained), context.folder)
     with torch.no_grad():
         return {"encoder_error": float((generator(average(x)) - x).square().mean())}
 
@@ -84,13 +88,13 @@ def _classifier(context: Context, name: str) -> ImageClassifier:
     return load_classifier(folder).to(context.fabric.device)
 
 
-def _networks(context: Context) -> tuple[Generator, OwnEncoder | None]:
-    """Generator and encoder that the training starts from."""
+def _networks(context: Context) -> tuple[Generator, OwnEncoder | None, tuple[Threat, ...]]:
+    """Generator and encoder that the training starts from, and the threats that the latter has met."""
     folder = context.config.filter
     if not folder:
-        return load_gan(context.inputs["train-gan"])
+        return *load_gan(context.inputs["train-gan"]), ()
     filter = load_own_filter(folder, context.data.image_shape, context.fabric.device)
     generator, encoder = filter.generator, filter.encoder
     assert isinstance(generator, Generator)  # as in every folder of a filter
     assert isinstance(encoder, OwnEncoder | None)
-    return generator, None if encoder is None else encoder.requires_grad_(True)
+    return generator, None if encoder is None else encoder.requires_grad_(True), filter.trained

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from manifold_defense import DefendedClassifier, Threat
+from manifold_defense import DefendedClassifier, ManifoldFilter, Threat
 from manifold_defense.attacks import Expectation
 from manifold_defense.evaluation import (
     AttackConfig,
@@ -198,7 +198,18 @@ def test_threats_are_kept_apart_and_their_union_is_the_worst() -> None:
         ("linf", 0.1): 0.6,
         ("union", 0.0): 0.4,
     }
-    assert [r.trained for r in worst.values()] == [True, False, False]
+    # What lies within a threat that it was trained for is nothing new.
+    assert [r.trained for r in worst.values()] == [True, True, False]
+    small = Defence.bare("a", Table(A), trained=(near,))
+    rows = evaluate([small], [Push.of(0.2)], [FAR, near], x, y, checks=0).rows
+    assert [r.trained for r in rows if r.attack == "worst"] == [False, True, False]
+
+
+def test_a_defence_was_trained_for_what_its_filter_was(networks: Any, classifier: nn.Module) -> None:
+    filter = ManifoldFilter(*networks, trained=(LINF, FAR))
+    defence = Defence.of("a", DefendedClassifier(filter, classifier), (FAR, Threat("l2", 1.0)))
+    assert defence.trained == (FAR, Threat("l2", 1.0), LINF)
+    assert filter.seen("identity").trained == filter.trained
 
 
 def test_two_defences_are_compared_image_by_image() -> None:

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from pipelines_support import invoke, settings
 
-from manifold_defense import PRESETS, ManifoldFilter, load_classifier, load_filter
-from manifold_defense.artifact import load_gan, save_classifier, save_filter
+from manifold_defense import PRESETS, ManifoldFilter, Threat, load_classifier, load_filter
+from manifold_defense.artifact import save_classifier, save_filter
 from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
 
 
@@ -98,10 +98,10 @@ def test_an_encoder_is_trained_for_a_finished_filter(finished, tmp_path, monkeyp
     )
     assert result.exit_code == 0, result.output
     assert "train-gan" not in result.output
-    before, (generator, encoder) = load_filter(folder), load_gan(Path("runs/on/train-encoder"))
-    kept = zip(before.generator.parameters(), generator.parameters(), strict=True)
+    before, after = load_filter(folder), load_filter(Path("runs/on/train-encoder"))
+    kept = zip(before.generator.parameters(), after.generator.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in kept)
-    changed = zip(before.encoder.parameters(), encoder.parameters(), strict=True)
+    changed = zip(before.encoder.parameters(), after.encoder.parameters(), strict=True)
     assert not all(torch.equal(a, b) for a, b in changed)
     for named in (["filter=none"], [f"filter={folder}", "harden.start=./none"]):
         other = invoke("run", *settings(*named, "run=off"))
@@ -115,8 +115,9 @@ def test_an_encoder_is_trained_for_a_finished_filter(finished, tmp_path, monkeyp
 
     result = invoke("run", "train-encoder", *settings(f"filter={folder}", "run=as_it_is", "encoder.images=0"))
     assert result.exit_code == 0, result.output
-    _, encoder = load_gan(Path("runs/as_it_is/train-encoder"))
-    kept = zip(before.encoder.parameters(), encoder.parameters(), strict=True)
+    untouched = load_filter(Path("runs/as_it_is/train-encoder"))
+    kept = zip(before.encoder.parameters(), untouched.encoder.parameters(), strict=True)
+    assert before.trained == after.trained == untouched.trained == (Threat("linf", 0.15), Threat("l2", 1.0))
     assert all(torch.equal(a, b) for a, b in kept)
     save_filter(ManifoldFilter(before.generator), tmp_path / "bare")
     result = invoke("run", "train-encoder", *settings("filter=bare", "run=none", "encoder.images=0"))
@@ -145,7 +146,7 @@ def test_drawings_agree_with_the_classifier_of_the_run_or_of_a_folder(finished, 
         result = invoke("run", "train-encoder", *settings(*own, f"run={run}"))
         assert result.exit_code == 0, result.output
         assert ("train-classifier: " in result.output) == (run == "run")
-        _, encoder = load_gan(Path(f"runs/{run}/train-encoder"))
+        encoder = load_filter(Path(f"runs/{run}/train-encoder")).encoder
         weights[run] = torch.cat([p.flatten() for p in encoder.parameters()])
     # Made by the same settings, the two classifiers are one.
     assert torch.equal(weights["run"], weights["folder"])

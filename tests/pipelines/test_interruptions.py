@@ -181,12 +181,12 @@ def test_damaged_facts_are_named(run_folder):
 
 
 def test_damaged_weights_of_an_input_are_named(run_folder):
-    weights = run_folder / "train-encoder" / "gan.safetensors"
+    weights = run_folder / "train-encoder" / "filter.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     shutil.rmtree(run_folder / "project")
     result = invoke("project", *settings())
     assert result.exit_code == 1
-    assert "train-encoder/gan.safetensors: cannot be read" in result.output
+    assert "train-encoder/filter.safetensors: cannot be read" in result.output
 
 
 def test_force_on_a_stage_makes_it_anew_even_if_begun(run_folder):

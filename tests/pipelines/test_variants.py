@@ -236,7 +236,9 @@ def test_the_evaluation_attacks_each_and_certify_proves_each(home):
     assert list(dict.fromkeys(r["defence"] for r in rows)) == defences
     assert {r["view"] for r in rows if r["defence"] == "coarse"} >= {"unaware", "identity"}
     trained = {r["defence"] for r in rows if r["attack"] == "worst" and r["trained"]}
-    assert trained == {"hardened", "hardened+filter"}  # the other's ball is another one
+    # The ball of `through` is another one; but the encoder of the filter met all that is evaluated.
+    behind_filter = {name for name in defences if name.endswith("filter")}
+    assert trained == {"hardened"} | behind_filter
     pairs = {(c["before"], c["after"]) for c in metrics["comparisons"]}
     assert (
         "hardened",
