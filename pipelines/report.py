@@ -17,8 +17,8 @@ _FRONT = ("noise", "unaware", "approximate", "exact")  # the columns of attacks,
 _LEGEND = (
     "unaware: attacks that know the classifier alone. approximate: another gradient in place of the "
     "defence's own. exact: its own. worst of all: image by image, after those without gradients as well; the "
-    "only figure of robustness. *: filter or classifier were trained for this threat. ≤: the last rounds of an "
-    "attack, or the checks, still broke some, and more of the same may. (masked): the figure is too high, "
+    "only figure of robustness. *: filter or classifier were trained for this threat. ≤: the last rounds of "
+    "an attack, or the checks, still broke some, and more of the same may. (masked): the figure is too high, "
     "gradients are hidden or longer attacks break many more."
 )
 _NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1", "l0": "L0", "union": "union of all threats"}
