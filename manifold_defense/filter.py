@@ -67,6 +67,9 @@ class ManifoldFilter(nn.Module):
         self.trained = trained
         if config is None:
             config = PRESETS["robust"] if encoder is not None else ProjectionConfig(start="prior")
+        for name in ("latent_dim", "image_shape"):
+            if not hasattr(generator, name):
+                raise TypeError(f"generator: expected latent_dim and image_shape, it has no {name}")
         self._set(config, view)
         # For each device, type and setting: of which weights, and what. Shared with all views of it.
         self._made: dict[object, tuple[object, tuple[Bank | None, Metric | None]]] = {}
@@ -230,7 +233,7 @@ class DefendedClassifier(nn.Module):
 
     def __init__(self, filter: ManifoldFilter, classifier: nn.Module, share: float = 1.0) -> None:
         super().__init__()
-        if not isinstance(filter, nn.Module) or isinstance(classifier, ManifoldFilter):
+        if not isinstance(filter, ManifoldFilter) or isinstance(classifier, ManifoldFilter):
             given = f"{type(filter).__name__} and {type(classifier).__name__}"
             raise TypeError(f"expected DefendedClassifier(filter, classifier), got {given}")
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:

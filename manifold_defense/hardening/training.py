@@ -23,7 +23,8 @@ from manifold_defense.types import Classifier
 
 # Images (N, C, H, W) and labels (N,) of a step, on the model's device.
 LabelledBatches = Callable[[int], tuple[Tensor, Tensor]]
-# Accuracy of a model on images that it is not trained on, clean and under the attack that it is hardened for.
+# Accuracy of a model on images that it is not trained on, clean and under the attacks that it is hardened
+# for: the same, if there are none.
 Validation = Callable[[nn.Module], tuple[float, float]]
 # How often a training is validated; at the start its weights are worth nothing yet.
 _VALIDATIONS = 20
@@ -123,7 +124,9 @@ def train_classifier(
             state["validations"].append((state["images"], clean, robust))
         if state["validations"]:
             _, clean, robust = state["validations"][-1]
-            metrics |= {"validation/clean": torch.tensor(clean), "validation/robust": torch.tensor(robust)}
+            metrics["validation/clean"] = torch.tensor(clean)
+            if objective.threats:
+                metrics["validation/robust"] = torch.tensor(robust)
         elif state["images"] >= config.images:
             state["best"].load_state_dict(average.state_dict())
         yield Record(state["images"], metrics)

@@ -91,8 +91,9 @@ class ProjectionConfig:
                     f"{name}: expected a whole number of at least {least}, below 2 to the 63, got {value!r}"
                 )
         for name in ("step_size", "radius", "prior_weight", "clip", "target_error", "tolerance"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected at least 0 and finite, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}: expected at least 0 and finite, got {value!r}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: expected in [0, 1), got {self.momentum}")
         if not 0 < self.strength <= 1:

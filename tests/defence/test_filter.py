@@ -123,7 +123,7 @@ def test_what_is_no_tensor_is_no_image(filter: ManifoldFilter, given: Any, call:
 
 def test_a_filter_and_a_classifier_the_other_way_round_are_refused(defended: DefendedClassifier) -> None:
     filter, classifier = defended.filter, defended.classifier
-    for given in ((classifier, filter), ("zoo/mnist/filter", classifier)):
+    for given in ((classifier, filter), ("zoo/mnist/filter", classifier), (nn.Identity(), classifier)):
         with pytest.raises(TypeError, match=r"^expected DefendedClassifier\(filter, classifier\), got"):
             DefendedClassifier(*given)  # type: ignore[arg-type]
 
@@ -262,6 +262,13 @@ def test_forward_mode_is_refused(networks: Any, preset: str) -> None:
         filter(forward_ad.make_dual(x, torch.ones_like(x)))
     with pytest.raises(RuntimeError, match=said):
         torch.func.grad(lambda x: filter(x).sum())(x)
+
+
+def test_a_generator_that_does_not_say_what_it_draws_is_named() -> None:
+    with pytest.raises(
+        TypeError, match=r"^generator: expected latent_dim and image_shape, it has no latent_d"
+    ):
+        ManifoldFilter(nn.Linear(3, 3), None, ORIGIN)
 
 
 def test_a_generator_that_draws_something_else_is_named(networks: Any) -> None:

@@ -404,6 +404,8 @@ def test_a_missing_encoder_is_named(networks: Any, function: Callable[..., Any])
         ("chunk", -1),
         ("seed", -1),
         ("step_size", -0.1),
+        ("step_size", "wide"),
+        ("clip", None),
         ("step_size", float("nan")),
         ("momentum", 1.0),
         ("strength", 0.0),
