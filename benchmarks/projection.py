@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gan import Encoder, Generator, NetworkConfig
 from manifold_defense import PRESETS, ManifoldFilter, Projection
 from manifold_defense.attacks import pgd
+from manifold_defense.evaluation.statistics import paired
 from manifold_defense.projection import stationarity
 from manifold_defense.projection.rounding import Rounded, has_bfloat16
 from manifold_defense.types import Generator as LatentGenerator
@@ -139,6 +140,7 @@ def main(
         rate = gradient_flops_per_second(Rounded(generator), z, flops)
         shares["bfloat16"] = rate / peaks["bfloat16"]
     medians = {name: statistics.median(values) for name, values in times.items()}
+    right = {name: hits(model, result.image, y) for name, result in results.items()}
     measured = {}
     for name, candidate in filters.items():
         result, attacked_result = results[name], candidate.project(x_adv)
@@ -150,15 +152,16 @@ def main(
             "ratio_to_reference": medians["reference"] / medians[name],
             "mean_error": float(result.error.mean()),
             "p95_error": float(result.error.quantile(0.95)),
-            "clean_accuracy": accuracy(model, result.image, y),
+            "clean_accuracy": float(right[name].mean()),
             "evaluations_per_image": float(result.steps.float().mean()),
             "attacked_mean_error": float(attacked_result.error.mean()),
             "attacked_p95_error": float(attacked_result.error.quantile(0.95)),
-            "attacked_unaware_accuracy": accuracy(model, attacked_result.image, y[:attacked]),
+            "attacked_unaware_accuracy": float(hits(model, attacked_result.image, y[:attacked]).mean()),
             "stationarity": float(stationarity(generator, x[:100], result.z[:100], PRESETS[name]).median()),
             "gemm_share": passes * flops * len(x) / medians[name] / peaks.get(precision, peaks["full"]),
         }
     presets = {name: measured[first] for name, first in same.items()}
+    beside = {name: paired(right["reference"], right[first])._asdict() for name, first in same.items()}
 
     click.echo(
         f"{len(x)} images of {data}, {repeats} repeats, {torch.get_num_threads()} threads, {device}; "
@@ -168,6 +171,10 @@ def main(
     click.echo(f"{'':>12}" + "".join(f"{c:>26}" for c in columns))
     for name, values in presets.items():
         click.echo(f"{name:>12}" + "".join(f"{values[c]:>26.5g}" for c in columns))
+    for name, found in beside.items():
+        if name != "reference":
+            figures = f"{found['gained']} gained, {found['lost']} lost, p {found['p']:.2g}"
+            click.echo(f"{name} beside reference, clean: {figures}")
     for kind, share in shares.items():
         peak = f"the GEMM peak of {peaks[kind] / 1e9:.0f} GFLOP/s"
         click.echo(f"generator forward and backward, {kind}: {share:.1%} of {peak}")
@@ -182,6 +189,7 @@ def main(
             "data": data,
             "multiply_adds": flops / 2,
             "presets": presets,
+            "clean_beside_reference": beside,
             "gemm_share": shares["full"],
             "gemm_share_by_precision": shares,
             "gemm_peak_flops_per_second": peaks,
@@ -191,8 +199,10 @@ def main(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    return float((model(x).argmax(1) == y).float().mean())
+def hits(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """1 for each of N images that is right, 0 for the others, (N,)."""
+    right: Tensor = model(x).argmax(1) == y
+    return right.float()
 
 
 if __name__ == "__main__":
