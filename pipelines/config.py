@@ -25,7 +25,7 @@ from manifold_defense.hardening import OBJECTIVES, Objective, Pgd, Union
 from manifold_defense.hardening.disturbance import Disturbance
 from manifold_defense.hardening.training import TrainingConfig
 from manifold_defense.projection import PRESETS, ProjectionConfig
-from manifold_defense.types import Ball, Threat
+from manifold_defense.types import Ball, Threat, View
 from pipelines.data import DataConfig
 
 _STRICT = ConfigDict(extra="forbid")
@@ -155,9 +155,9 @@ class HardenConfig:
                   place of the clean one
     architecture  of a network of its own, trained from scratch, in place of that of the clean classifier
     teacher       an earlier variant that distillation asks
-    behind        filter: it is trained behind the filter, attacks going through the exact view;
-                  reconstructions: on G(z*) of the training images, made once; or behind a preprocessing.
-                  There it stays
+    behind        filter: it is trained behind the filter; reconstructions: on G(z*) of the training images,
+                  made once; or behind a preprocessing. There it stays
+    view          of the filter that attacks of its training differentiate; it is judged through the exact one
     """
 
     __pydantic_config__: ClassVar = _STRICT
@@ -168,6 +168,7 @@ class HardenConfig:
     architecture: ArchitectureConfig | None = None
     teacher: str = ""
     behind: Literal["", "filter", "reconstructions", Preprocessing] = ""
+    view: View = "exact"
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(images=60_000))
 
     def __post_init__(self) -> None:
@@ -185,6 +186,10 @@ class HardenConfig:
             raise ValueError(f"architecture: a variant that starts from {self.start} has that of it")
         if self.teacher and not self.objective.takes_teacher:
             raise ValueError(f"teacher: objective {self.objective.name} asks none")
+        if self.view != "exact" and self.behind != "filter":
+            raise ValueError(
+                f"view: expected exact for what is not trained behind the filter, got {self.view}"
+            )
         if self.behind == "filter" and self.objective.name in _NOT_BEHIND_FILTER:
             raise ValueError(f"behind: {_NOT_BEHIND_FILTER[self.objective.name]}")
         if self.objective.name == "interval_bounds" and self.behind not in ("", *_MONOTONE):

@@ -194,7 +194,9 @@ def _train(
 
     def through(model: nn.Module) -> nn.Module:
         # On reconstructions the images are already what the filter makes of them.
-        return model if place == "reconstructions" else behind(place, model, filter)
+        if place == "reconstructions":
+            return model
+        return behind(place, model, filter.seen(variant.view) if filter and variant else filter)
 
     def validate(model: nn.Module) -> tuple[float, float]:
         deployed = behind(place, model, filter)

@@ -226,6 +226,11 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
         ("harden={objective={name='gradient_penalty'}, behind='filter'}", "cannot be differentiated again"),
         ("certify.radii_l2=[0.5,0.5]", "radii_l2: expected each of them once"),
         ('certify.methods=["lipschitz","lipschitz"]', "methods: expected each of them once"),
+        (
+            "harden.view=identity",
+            "view: expected exact for what is not trained behind the filter, got identity",
+        ),
+        ("harden={behind='filter',view='bpda'}", "harden.0.view: Input should be 'exact'"),
         ("harden.name=jobs", "name: jobs is what a stage keeps beside its variants"),
         ("harden.name=stage.json", "name: stage.json is what a stage keeps beside its variants"),
         ("harden.name=a.partial", "name: a.partial is what a stage keeps beside its variants"),

@@ -202,6 +202,20 @@ def test_a_teacher_is_asked_where_it_stands(home, monkeypatch):
     assert not torch.equal(teacher(x), deployed(x))
 
 
+def test_a_training_behind_the_filter_takes_the_view_that_it_is_told(home, monkeypatch):
+    seen, trained = [], stage.train_classifier
+
+    def noting(*given, through, validate, **named):
+        seen.append(through(torch.nn.Identity()).filter.view)
+        return trained(*given, through=through, validate=validate, **named)
+
+    monkeypatch.setattr(stage, "train_classifier", noting)
+    variant = 'harden=[{name="through",behind="filter",view="identity",training={images=64}}]'
+    result = invoke("harden", "--force", *SMALL, "--set", variant)
+    assert result.exit_code == 0, result.output
+    assert seen == ["identity"]
+
+
 def test_finished_variants_outlive_an_interruption(home, monkeypatch):
 
     before = clean(home / "harden" / "student")
