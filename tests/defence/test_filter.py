@@ -239,6 +239,7 @@ def test_a_view_is_of_the_filters_own_kind(networks: Any) -> None:
         assert type(filter.configured(PRESETS["robust"])) is type(filter)
 
 
+@pytest.mark.filterwarnings("ignore:Using backward")
 @pytest.mark.parametrize(
     ("config", "view"),
     [(CONFIG, "exact"), (CONFIG, "tangent"), (CONFIG, "implicit"), (ORIGIN, "soft"), (ORIGIN, "exact")],
@@ -252,6 +253,7 @@ def test_second_derivatives_are_refused(networks: Any, config: ProjectionConfig,
         filter(x).sum().backward(create_graph=True)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch.func's own
 @pytest.mark.parametrize("preset", ["robust", "accurate"])
 def test_forward_mode_is_refused(networks: Any, preset: str) -> None:
     filter, x = ManifoldFilter(*networks, PRESETS[preset]), images(2)
