@@ -69,6 +69,7 @@ GIVEN: dict[str, tuple[object, ...]] = {
     "robustness": ("--filter", ZOO / "filter", "--classifier", f"plain={ZOO / 'undefended'}"),
     "hardening": ("--filter", ZOO / "filter", "--classifier", ZOO / "undefended"),
     "certification": ("--filter", ZOO / "filter", "--classifier", ZOO / "undefended"),
+    "memory": ("--filter", ZOO / "filter", "--classifier", ZOO / "undefended"),
     "restarts": ("--filter", ZOO / "filter", "--classifier", ZOO / "undefended"),
     "picture": ("--filter", ZOO / "filter", "--classifier", ZOO / "undefended", "--output", "picture.png"),
     "proofs": ("--classifier", ZOO / "undefended"),
