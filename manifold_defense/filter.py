@@ -78,6 +78,10 @@ class ManifoldFilter(nn.Module):
 
     def _set(self, config: ProjectionConfig, view: View) -> None:
         """Take settings and view; ValueError if they do not fit the filter, or each other."""
+        if not isinstance(config, ProjectionConfig):
+            raise TypeError(
+                f"config: expected a ProjectionConfig, such as PRESETS['accurate'], got {config!r}"
+            )
         if view not in VIEWS:
             raise ValueError(f"view: expected one of {', '.join(VIEWS)}, got {view!r}")
         if config.uses_encoder and self.encoder is None:
@@ -98,10 +102,6 @@ class ManifoldFilter(nn.Module):
 
     def configured(self, config: ProjectionConfig) -> Self:
         """This filter, sharing all weights, with other settings: `filter.configured(PRESETS["accurate"])`."""
-        if not isinstance(config, ProjectionConfig):
-            raise TypeError(
-                f"config: expected a ProjectionConfig, such as PRESETS['accurate'], got {config!r}"
-            )
         return self._like(config, self.view)
 
     def seen(self, view: View) -> Self:
@@ -121,11 +121,7 @@ class ManifoldFilter(nn.Module):
 
         Of an encoder alone the exact gradient is the start's, and nothing is left to approximate.
         """
-        c = self.config
-        if c.uses_encoder and not c.steps and c.restarts == 1:
-            return ("identity", "exact")
-        lacking = {"start": not c.uses_encoder, "soft": c.restarts == 1}
-        return tuple(view for view in VIEWS if not lacking.get(view))
+        return self.config.views
 
     @uncompiled
     def project(self, x: Tensor) -> Projection:
@@ -209,13 +205,16 @@ class ManifoldFilter(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made of the weights, which is soon made anew."""
-        return {**self.__dict__, "_made": {}}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_made": {}}
 
 
 def with_parts(module: _Model, **parts: nn.Module) -> _Model:
     """A copy of a module, of its own kind, that shares everything but the submodules `parts`."""
     other = copy.copy(module)
     other._modules = {**module._modules, **parts}
+    # It has the hooks that there are; those that either gets later are its own.
+    vars(other).update({name: copy.copy(held) for name, held in vars(other).items() if "_hooks" in name})
     return other
 
 
@@ -235,7 +234,10 @@ class DefendedClassifier(nn.Module):
         super().__init__()
         if not isinstance(filter, ManifoldFilter) or isinstance(classifier, ManifoldFilter):
             given = f"{type(filter).__name__} and {type(classifier).__name__}"
-            raise TypeError(f"expected DefendedClassifier(filter, classifier), got {given}")
+            raise TypeError(
+                f"expected DefendedClassifier(filter, classifier) of a ManifoldFilter, got {given}; wrap or "
+                "compile the whole"
+            )
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ValueError(f"share: expected a number in (0, 1], got {share!r}")
         self.filter = filter

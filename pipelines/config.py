@@ -359,7 +359,7 @@ class Config:
     seed        of all draws
     filter      folder of a finished filter, instead of a GAN of the run's own; its encoder is trained on
                 (encoder.images = 0: not at all)
-    projection  a table, or the name of a preset: robust, fast, accurate, reference
+    projection  a table, or the name of a preset: robust (also fast, single_shot), accurate, reference
     harden      variants of the classifier, a table each
     """
 
@@ -395,6 +395,11 @@ class Config:
                     raise ValueError(
                         f"harden.{variant.name}.{key}: expected a variant before it{or_else}, got {given!r}"
                     )
+            if variant.view not in ("exact", *self.projection.views):
+                raise ValueError(
+                    f"harden.{variant.name}.view: expected one of {', '.join(self.projection.views)}, which "
+                    f"such a projection has, got {variant.view}"
+                )
             if variant.objective.name == "interval_bounds" and self._architecture(variant) == "resnet18":
                 raise ValueError(
                     f"harden.{variant.name}: interval bounds follow a cnn or shallow, no resnet18"

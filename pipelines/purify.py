@@ -235,14 +235,15 @@ def _plan(source: Path, target: Path) -> list[_Task]:
 
 def _check_links(source: Path, target: Path, files: Sequence[Path], results: Iterable[Path]) -> None:
     """PurifyError where a link leads from where images are read to where they are written, or back."""
-    read = {os.path.realpath(path.parent) for path in files} | {os.path.realpath(source)}
+    read = {os.path.realpath(folder) for folder in {source, *(path.parent for path in files)}}
     within = os.path.realpath(target)
     for path in files:
         if Path(os.path.realpath(path)).is_relative_to(within):
             raise PurifyError(f"{path}: leads into the output folder {target}")
     for folder in {(target / result).parent for result in results}:
-        if os.path.realpath(folder) in read or not Path(os.path.realpath(folder)).is_relative_to(within):
-            raise PurifyError(f"{folder}: leads out of the output folder {target}")
+        place = os.path.realpath(folder)
+        if place in read or not Path(place).is_relative_to(within):
+            raise PurifyError(f"{folder}: leads out of the output folder {target}, to {place}")
 
 
 def _purify_batch(filter: ManifoldFilter, tasks: Sequence[_Task]) -> list[_Row]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import ClassVar, Literal, get_args, get_type_hints
+
+from manifold_defense.types import View
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,13 @@ class ProjectionConfig:
                 raise ValueError(
                     f"{name}: expected a whole number of at least {least}, below 2 to the 63, got {value!r}"
                 )
-        for name in ("step_size", "radius", "prior_weight", "clip", "target_error", "tolerance"):
+        sizes = ("step_size", "radius", "prior_weight", "clip", "target_error", "tolerance")
+        for name in (*sizes, "momentum", "strength"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ValueError(f"{name}: expected at least 0 and finite, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise ValueError(f"{name}: expected a number, got {value!r}")
+            if name in sizes and not 0 <= float(value) < math.inf:
+                raise ValueError(f"{name}: expected at least 0 and finite, got {value}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: expected in [0, 1), got {self.momentum}")
         if not 0 < self.strength <= 1:
@@ -104,6 +110,14 @@ class ProjectionConfig:
     def chunk_on(self, device: str) -> int:
         """Latents optimised at a time on a device of this type: `x.device.type`."""
         return self.chunk or (256 if device == "cpu" else 2048)
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The views of such a filter that are no other's: see `ManifoldFilter`."""
+        if self.uses_encoder and not self.steps and self.restarts == 1:
+            return ("identity", "exact")
+        lacking = {"start": not self.uses_encoder, "soft": self.restarts == 1}
+        return tuple(view for view in get_args(View) if not lacking.get(view))
 
     @property
     def uses_encoder(self) -> bool:

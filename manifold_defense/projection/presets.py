@@ -17,8 +17,8 @@ REFERENCE = ProjectionConfig(
     iterate="last",
 )
 
-# Every step of a solver follows the attack, so that with an encoder that was trained on attacks nothing that
-# was measured is more robust than its guess. With any other encoder this is a preview, and no defence.
+# Every step of a solver follows the attack, so that with an encoder that was trained on attacks, windows
+# among them, nothing that was measured is more robust than its guess. Of another encoder it is no defence.
 _ENCODER_ALONE = ProjectionConfig(steps=0)
 
 PRESETS: dict[str, ProjectionConfig] = {

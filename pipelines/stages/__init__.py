@@ -53,7 +53,7 @@ _ALL = (
     ),
     Stage(
         "train-encoder",
-        1,
+        2,
         "encoder of the finished generator",
         ("seed", "filter", "data", "encoder"),
         _encoder_inputs,

@@ -157,7 +157,8 @@ def _harden(own: Context, context: Context, variant: HardenConfig) -> dict[str, 
     teacher: Classifier | None = None
     if taught is not None:
         # Where it is deployed; on reconstructions the images are already what the filter makes of them.
-        place = "" if taught.behind == variant.behind == "reconstructions" else taught.behind
+        drawn = variant.behind == "reconstructions" and taught.behind in ("filter", "reconstructions")
+        place = "" if drawn else taught.behind
         teacher = behind(place, earlier(taught.name).requires_grad_(False), filter)
     metrics = _train(own, start, variant.training, variant.objective, variant, filter, teacher)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -350,6 +351,15 @@ def test_an_attack_presses_on_where_another_model_or_other_draws_judge() -> None
     assert seen == [False, True, True]
 
 
+class Drawing(nn.Module):
+    """Logits with noise of a generator that nobody knows of."""
+
+    rng = np.random.default_rng(0)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits + torch.from_numpy(self.rng.normal(size=logits.shape)).to(logits)
+
+
 def test_a_view_that_answers_otherwise_is_no_view(classifier: nn.Module) -> None:
     """An attack that fools it stops, though it did not fool what is deployed."""
     x, y = labelled(classifier)
@@ -358,6 +368,20 @@ def test_a_view_that_answers_otherwise_is_no_view(classifier: nn.Module) -> None
         logits: Tensor = 2 * classifier(x)
         return logits
 
+    def shifted(x: Tensor) -> Tensor:
+        logits: Tensor = classifier(x) + 5
+        return logits.double()
+
+    assert evaluate([Defence("a", classifier, {"exact": shifted})], SUITE, [LINF], x, y, checks=0).rows
+    drawing = nn.Sequential(classifier, Drawing())
+    same = Defence("a", drawing, {"exact": nn.Sequential(classifier, Drawing())})
+    assert evaluate([same], SUITE, [LINF], x, y, checks=0).rows  # nobody can compare
+
+    def nothing(x: Tensor) -> Any:
+        return None
+
+    with pytest.raises(ModelError, match=r"^a: view exact: expected float logits .* got NoneType"):
+        evaluate([Defence("a", classifier, {"exact": nothing})], SUITE, [LINF], x, y)
     views = {"exact": classifier, "identity": other}
     with pytest.raises(ModelError, match=r"^a: view identity: expected the logits of the deployed model, or"):
         evaluate([Defence("a", classifier, views)], SUITE, [LINF], x, y)

@@ -124,7 +124,7 @@ def test_what_is_no_tensor_is_no_image(filter: ManifoldFilter, given: Any, call:
 def test_a_filter_and_a_classifier_the_other_way_round_are_refused(defended: DefendedClassifier) -> None:
     filter, classifier = defended.filter, defended.classifier
     for given in ((classifier, filter), ("zoo/mnist/filter", classifier), (nn.Identity(), classifier)):
-        with pytest.raises(TypeError, match=r"^expected DefendedClassifier\(filter, classifier\), got"):
+        with pytest.raises(TypeError, match=r"^expected DefendedClassifier\(filter, classifier\) of a Manif"):
             DefendedClassifier(*given)  # type: ignore[arg-type]
 
 
@@ -164,6 +164,8 @@ def test_a_filter_of_less_strength_goes_part_of_the_way(networks: Any, view: Any
 
 def test_settings_of_a_filter_are_no_name(networks: Any) -> None:
     name: Any = "fast"
+    with pytest.raises(TypeError, match=r"expected a ProjectionConfig, such as PRESETS.* got 'fast'"):
+        ManifoldFilter(*networks, name)
     with pytest.raises(TypeError, match=r"expected a ProjectionConfig, such as PRESETS.* got 'fast'"):
         ManifoldFilter(*networks).configured(name)
 
@@ -237,6 +239,22 @@ def test_a_view_is_of_the_filters_own_kind(networks: Any) -> None:
             assert torch.equal(filter.seen(view)(x), filter(x))
             assert torch.equal(DefendedClassifier(filter, nn.Identity()).view(view)(x), filter(x))
         assert type(filter.configured(PRESETS["robust"])) is type(filter)
+    later = hooked.seen("identity")
+    later.register_forward_hook(lambda module, given, drawn: 0 * drawn)
+    assert torch.equal(hooked(x), hooked.seen("exact")(x))  # what a view gets later is its own
+    assert later(x).count_nonzero() == 0
+
+
+def test_a_compiled_filter_has_views_of_its_own(networks: Any) -> None:
+    """What `compile` makes is bound to the module that it was made of."""
+    plain, filter, x = ManifoldFilter(*networks, CONFIG), ManifoldFilter(*networks, CONFIG), images(3)
+    filter.compile(backend="eager")
+    robust = PRESETS["robust"]
+    torch.testing.assert_close(filter.configured(robust)(x), plain.configured(robust)(x))
+    gradients = [input_gradient(nn.Sequential(f.seen("identity"), nn.Flatten()), x) for f in (filter, plain)]
+    torch.testing.assert_close(*gradients)
+    for copied in (copy.deepcopy(filter), pickle.loads(pickle.dumps(filter))):
+        torch.testing.assert_close(copied(x), plain(x))
 
 
 @pytest.mark.filterwarnings("ignore:Using backward")

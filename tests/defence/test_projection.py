@@ -405,6 +405,8 @@ def test_a_missing_encoder_is_named(networks: Any, function: Callable[..., Any])
         ("seed", -1),
         ("step_size", -0.1),
         ("step_size", "wide"),
+        ("momentum", "much"),
+        ("strength", None),
         ("clip", None),
         ("step_size", float("nan")),
         ("momentum", 1.0),

@@ -230,6 +230,10 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
             "harden.view=identity",
             "view: expected exact for what is not trained behind the filter, got identity",
         ),
+        (
+            "harden={behind='filter',view='soft'}",
+            "harden.hardened.view: expected one of identity, exact, which such a projection has, got soft",
+        ),
         ("harden={behind='filter',view='bpda'}", "harden.0.view: Input should be 'exact'"),
         ("harden.name=jobs", "name: jobs is what a stage keeps beside its variants"),
         ("harden.name=stage.json", "name: stage.json is what a stage keeps beside its variants"),

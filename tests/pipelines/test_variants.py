@@ -202,6 +202,26 @@ def test_a_teacher_is_asked_where_it_stands(home, monkeypatch):
     assert not torch.equal(teacher(x), deployed(x))
 
 
+@pytest.mark.parametrize("place", ["filter", "reconstructions"])
+def test_a_teacher_behind_the_filter_sees_what_is_drawn_once(home, monkeypatch, place):
+    asked, train = [], stage._train
+
+    def noting(*given):
+        asked.append(given[-1])
+        return train(*given)
+
+    monkeypatch.setattr(stage, "_train", noting)
+    variants = (
+        f'harden=[{{name="wise",behind="{place}",objective={{name="clean"}},training={{images=64}}}},'
+        '{name="pupil",behind="reconstructions",teacher="wise",objective={name="distillation"},'
+        "training={images=64}}]"
+    )
+    result = invoke("harden", "--force", *SMALL, "--set", variants)
+    assert result.exit_code == 0, result.output
+    x = torch.rand(5, 1, 8, 8)
+    assert torch.equal(asked[1](x), load_classifier(home / "harden" / "wise")(x))
+
+
 def test_a_training_behind_the_filter_takes_the_view_that_it_is_told(home, monkeypatch):
     seen, trained = [], stage.train_classifier
 
