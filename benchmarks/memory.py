@@ -13,6 +13,7 @@ import json
 import resource
 import sys
 from pathlib import Path
+from typing import Literal
 
 import click
 import torch
@@ -40,7 +41,7 @@ def peak() -> float:
 def main(
     filter_folder: Path,
     classifier: Path,
-    solver: str,
+    solver: Literal["gd", "adam", "lbfgs"],
     steps: int,
     data: str,
     settings: tuple[str, ...],
@@ -48,7 +49,7 @@ def main(
     output: Path | None,
 ) -> None:
     read = read_images(data, settings, images)
-    config = ProjectionConfig(solver, steps=steps)  # type: ignore[arg-type]
+    config = ProjectionConfig(solver, steps=steps)
     filter, model = read.filter(filter_folder).configured(config), read.classifier(classifier)
     defended, x = DefendedClassifier(filter, model.requires_grad_(False)), read.x.requires_grad_(True)
     before = peak()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -52,9 +52,10 @@ def load_filter(folder: str | Path) -> ManifoldFilter:
     The networks that `save_gan` or a training stage left make one with the default settings. Raises
     ArtifactError (a ValueError) that names the file if anything is missing or damaged.
     """
-    if not any(_places(Path(folder), FILTER, "filter")) and (Path(folder) / GAN).is_file():
+    path = _place(Path(folder), FILTER, "filter")
+    if path is None and (Path(folder) / GAN).is_file():
         return ManifoldFilter(*load_gan(folder))
-    path = _locate(Path(folder), FILTER, "filter")
+    path = path or _missing(folder, FILTER)
     facts, weights = _load(path, FILTER)
     generator, encoder = _networks(path / FILTER, facts, weights)
     try:
@@ -92,7 +93,7 @@ def load_classifier(folder: str | Path) -> ImageClassifier:
 
     Raises ArtifactError (a ValueError) that names the file if anything is missing or damaged.
     """
-    path = _locate(Path(folder), CLASSIFIER, "classifier")
+    path = _place(Path(folder), CLASSIFIER, "classifier") or _missing(folder, CLASSIFIER)
     facts, weights = _load(path, CLASSIFIER)
     try:
         architecture = _settings(ArchitectureConfig, facts, "architecture")
@@ -192,14 +193,12 @@ def _positive(name: str, value: Any) -> int:
     return value
 
 
-def _places(folder: Path, name: str, inside: str) -> list[Path]:
-    """`folder` itself, and the subfolder that an export keeps the thing in, if it is there."""
-    return [path for path in (folder, folder / inside) if (path / name).is_file()]
+def _place(folder: Path, name: str, inside: str) -> Path | None:
+    """`folder` itself, or the subfolder that an export keeps the thing in, whichever has it."""
+    return next((path for path in (folder, folder / inside) if (path / name).is_file()), None)
 
 
-def _locate(folder: Path, name: str, inside: str) -> Path:
-    for place in _places(folder, name, inside):
-        return place
+def _missing(folder: str | Path, name: str) -> NoReturn:
     raise ArtifactError(f"{folder}: expected a folder with {name} in it")
 
 

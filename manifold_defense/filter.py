@@ -93,8 +93,12 @@ class ManifoldFilter(nn.Module):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images that the filter takes."""
-        c, h, w = self.generator.image_shape  # type: ignore[misc]
+        c, h, w = self._range.image_shape
         return int(c), int(h), int(w)
+
+    @property
+    def _range(self) -> Generator:
+        return cast(Generator, self.generator)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode: a filter has nothing to train, and batch statistics would couple images."""
@@ -127,7 +131,7 @@ class ManifoldFilter(nn.Module):
     def project(self, x: Tensor) -> Projection:
         """The whole result for images (N, C, H, W): latents, images, errors and steps; no gradient."""
         self._check(x)
-        return project(self.generator, x, self.config, **self._aids(x))  # type: ignore[arg-type]
+        return project(self._range, x, self.config, **self._aids(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """x + strength (G(z*) − x), for one image (C, H, W) or a batch (N, C, H, W), float in [0, 1]."""
@@ -147,7 +151,7 @@ class ManifoldFilter(nn.Module):
         if not (torch.is_grad_enabled() and x.requires_grad):
             return self.project(x).image
         if self.view == "exact":
-            return project_exactly(self.generator, x, self.config, **self._aids(x))  # type: ignore[arg-type]
+            return project_exactly(self._range, x, self.config, **self._aids(x))
         found = self.project(x)
         if self.view == "identity":
             return found.image + (x - x.detach())
@@ -158,10 +162,10 @@ class ManifoldFilter(nn.Module):
             imitation: Tensor = found.image + (surrogate - surrogate.detach())
             return imitation
         if self.view == "soft":
-            mixture = project_softly(self.generator, x, self.config, **self._aids(x))  # type: ignore[arg-type]
+            mixture = project_softly(self._range, x, self.config, **self._aids(x))
             return found.image + (mixture - mixture.detach())
         metric = self._aids(x)["metric"]
-        return attach_gradient(self.generator, x, found.z, self.config, self.view, metric=metric)  # type: ignore[arg-type]
+        return attach_gradient(self._range, x, found.z, self.config, self.view, metric=metric)
 
     def _check(self, x: Tensor) -> None:
         """`check_images`, that they are of the type of the weights, and that no derivative would be lost."""
@@ -188,7 +192,7 @@ class ManifoldFilter(nn.Module):
         kept = {} if getattr(self.generator, "_is_replica", False) else self._made
         if key not in kept or kept[key][0] != weights:
             self._draws_what_it_says(x)
-            kept[key] = weights, surroundings(self.generator, x.detach()[:0], c)  # type: ignore[arg-type]
+            kept[key] = weights, surroundings(self._range, x.detach()[:0], c)
         bank, metric = kept[key][1]
         return {"encoder": self.encoder, "bank": bank, "metric": metric}
 
@@ -196,7 +200,7 @@ class ManifoldFilter(nn.Module):
     def _draws_what_it_says(self, x: Tensor) -> None:
         """Raise ValueError for a generator that draws images of another shape than its own."""
         with as_deployed(self.generator):
-            drawn = self.generator(x.new_zeros(1, cast(Generator, self.generator).latent_dim))
+            drawn = self._range(x.new_zeros(1, self._range.latent_dim))
         if drawn.shape != (1, *self.image_shape):
             raise ValueError(
                 f"generator: expected images of shape {(1, *self.image_shape)}, as its image_shape says, got "

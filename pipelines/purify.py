@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -164,7 +165,7 @@ def _purify_folder(
 def _sweep(folder: Path) -> None:
     """Remove what commands that were killed left half-written."""
     for partial in folder.glob(".*.partial"):
-        if partial.name.split(".")[1].isdigit() and partial.name.count(".") == 2:
+        if re.fullmatch(r"\.\d+\.partial", partial.name):
             with _explained(partial, "removed"):
                 partial.unlink(missing_ok=True)
 

@@ -33,6 +33,7 @@ def run(context: Context) -> dict[str, Any]:
     generator = generator.eval().requires_grad_(False).to(fabric.device)
     if context.config.encoder_body:
         encoder = encoder_from(_classifier(context, context.config.encoder_body), generator, seed=seed)
+        trained = ()  # by which the encoder that this one replaces was
     if encoder is None:
         if config.images == 0:
             raise StageError("encoder.images: expected at least 1, there is no encoder yet; got 0")

@@ -168,13 +168,17 @@ def test_an_encoder_begins_as_a_classifier(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exported = finished / "runs" / "digits" / "export"
     shutil.copytree(exported / "classifier", tmp_path / "mine")
-    own = settings(f"filter={exported / 'filter'}", "encoder.body=./mine", "encoder.images=128", "run=body")
+    met = 'encoder.disturbance.threats=[{norm="linf",eps=0.1}]'
+    own = settings(
+        f"filter={exported / 'filter'}", "encoder.body=./mine", "encoder.images=128", met, "run=body"
+    )
     result = invoke("run", "train-encoder", *own)
     assert result.exit_code == 0, result.output
     filter = load_filter(Path("runs/body/train-encoder"))
     body, began = filter.encoder.body, load_classifier(Path("mine")).body
     apart = [(a - b).abs().max() for a, b in zip(body.parameters(), began.parameters(), strict=True)]
     assert 0 < max(apart) < 0.1  # trained on, from there
+    assert filter.trained == (Threat("linf", 0.1),)  # what the encoder in its place had met does not count
     # Other weights in that folder are another beginning; what does not fit is refused at once.
     assert "train-encoder: cached" in invoke("run", "train-encoder", *own).output
     save_classifier(ImageClassifier((1, 8, 8), 10, ArchitectureConfig(width=4)), Path("mine"))
