@@ -32,3 +32,9 @@ def projector(linear: Any) -> Tensor:
     """`A (AᵀA)⁻¹ Aᵀ` (P, P)."""
     a = linear.matrix.detach()
     return a @ torch.linalg.solve(a.T @ a, a.T)
+
+
+def input_gradient(model: nn.Module, x: Tensor) -> Tensor:
+    """Of the first logit of each image, in the images."""
+    x = x.detach().requires_grad_(True)
+    return torch.autograd.grad(model(x)[:, 0].sum(), x)[0]
