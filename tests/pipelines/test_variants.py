@@ -175,13 +175,9 @@ def test_what_has_not_changed_is_taken_over(home, tmp_path):
     assert "harden student: cached" not in result.output
 
 
-def test_a_teacher_is_asked_where_it_stands(home, monkeypatch):
-    """Behind its preprocessing: grey pixels are nothing that it was ever shown."""
-    Path("taught.toml").write_text(
-        '[[harden]]\nname = "narrow"\nbehind = "binarise"\nobjective = { name = "clean" }\n'
-        'training = { images = 64 }\n[[harden]]\nname = "pupil"\nteacher = "narrow"\n'
-        'objective = { name = "distillation" }\ntraining = { images = 64 }\n'
-    )
+@pytest.fixture
+def teachers(monkeypatch):
+    """Whom each training asks, in order."""
     asked, train = [], stage._train
 
     def noting(*given):
@@ -189,12 +185,22 @@ def test_a_teacher_is_asked_where_it_stands(home, monkeypatch):
         return train(*given)
 
     monkeypatch.setattr(stage, "_train", noting)
+    return asked
+
+
+def test_a_teacher_is_asked_where_it_stands(home, teachers):
+    """Behind its preprocessing: grey pixels are nothing that it was ever shown."""
+    Path("taught.toml").write_text(
+        '[[harden]]\nname = "narrow"\nbehind = "binarise"\nobjective = { name = "clean" }\n'
+        'training = { images = 64 }\n[[harden]]\nname = "pupil"\nteacher = "narrow"\n'
+        'objective = { name = "distillation" }\ntraining = { images = 64 }\n'
+    )
     # A run of its own, of the same classifier.
     shutil.copytree(home, home.with_name("taught"))
     given = ("--force", "--run", "taught", "--config", "taught.toml")
     result = invoke("harden", *given, *SMALL)
     assert result.exit_code == 0, result.output
-    alone, teacher = asked
+    alone, teacher = teachers
     assert alone is None
     x = torch.rand(5, 1, 8, 8)
     deployed = load_classifier(home.with_name("taught") / "harden" / "narrow")
@@ -203,14 +209,7 @@ def test_a_teacher_is_asked_where_it_stands(home, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["filter", "reconstructions"])
-def test_a_teacher_behind_the_filter_sees_what_is_drawn_once(home, monkeypatch, place):
-    asked, train = [], stage._train
-
-    def noting(*given):
-        asked.append(given[-1])
-        return train(*given)
-
-    monkeypatch.setattr(stage, "_train", noting)
+def test_a_teacher_behind_the_filter_sees_what_is_drawn_once(home, teachers, place):
     variants = (
         f'harden=[{{name="wise",behind="{place}",objective={{name="clean"}},training={{images=64}}}},'
         '{name="pupil",behind="reconstructions",teacher="wise",objective={name="distillation"},'
@@ -219,7 +218,7 @@ def test_a_teacher_behind_the_filter_sees_what_is_drawn_once(home, monkeypatch, 
     result = invoke("harden", "--force", *SMALL, "--set", variants)
     assert result.exit_code == 0, result.output
     x = torch.rand(5, 1, 8, 8)
-    assert torch.equal(asked[1](x), load_classifier(home / "harden" / "wise")(x))
+    assert torch.equal(teachers[1](x), load_classifier(home / "harden" / "wise")(x))
 
 
 def test_a_training_behind_the_filter_takes_the_view_that_it_is_told(home, monkeypatch):
