@@ -5,7 +5,8 @@
         --data mnist --set data.root=PATH --images 1000 --json mnist.json
 
 Every preset projects the same held-out images with the same generator, by turns, `--repeats` times (of
-presets with the same settings one does); speeds are medians, ratios are of medians. Then each projects
+presets with the same settings one does); speeds are medians, ratios are of medians. `--compiled` adds
+`accurate` by way of torch.compile (a C++ compiler is needed, and a minute at first). Then each projects
 images attacked with PGD that knows the classifier alone. `gemm_share` is the FLOP rate of the generator's
 forward and backward pass, in the batches that the presets use, against that of a large matrix product in
 the same precision; a preset's own `gemm_share` counts its generator passes against all of its time.
@@ -98,6 +99,7 @@ def growth(config: NetworkConfig, side: int, device: torch.device) -> dict[str, 
 @click.option("--images", default=100, type=click.IntRange(min=1))
 @click.option("--attacked", default=100, type=click.IntRange(min=1), help="Images that are attacked as well.")
 @click.option("--repeats", default=3, type=click.IntRange(min=1))
+@click.option("--compiled", is_flag=True, help="Measure `accurate` compiled as well.")
 @json_option
 def main(
     filter_folder: Path,
@@ -107,6 +109,7 @@ def main(
     images: int,
     attacked: int,
     repeats: int,
+    compiled: bool,
     output: Path | None,
 ) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -117,14 +120,17 @@ def main(
     eps = 0.3 if data == "mnist" else 0.15
     x_adv = pgd(model, x[:attacked], y[:attacked], norm="linf", eps=eps, steps=20, stop_early=False)
 
+    configs = dict(PRESETS)
+    if compiled:
+        configs["accurate_compiled"] = replace(PRESETS["accurate"], compiled=True)
     # Of presets that are the same one is measured.
-    same = {name: list(PRESETS)[list(PRESETS.values()).index(config)] for name, config in PRESETS.items()}
-    filters = {name: filter.configured(PRESETS[name]) for name in dict.fromkeys(same.values())}
+    same = {name: list(configs)[list(configs.values()).index(config)] for name, config in configs.items()}
+    filters = {name: filter.configured(configs[name]) for name in dict.fromkeys(same.values())}
     results: dict[str, Projection] = {}
     times: dict[str, list[float]] = {name: [] for name in filters}
     for name, candidate in filters.items():
         if name != "reference":
-            candidate.project(x[:64])  # the metric is made, and the machine is warm
+            candidate.project(x)  # the metric is made, what is compiled is, and the machine is warm
     for _ in range(repeats):
         for name, candidate in filters.items():
             seconds, results[name] = timed(lambda f=candidate: f.project(x))  # type: ignore[misc]
@@ -144,8 +150,8 @@ def main(
     measured = {}
     for name, candidate in filters.items():
         result, attacked_result = results[name], candidate.project(x_adv)
-        precision = PRESETS[name].precision
-        last = PRESETS[name].restarts if PRESETS[name].chooses else 0  # the losses of where each ended
+        config = configs[name]
+        last = config.restarts if config.chooses else 0  # the losses of where each ended
         passes = 2 * float(result.steps.float().mean()) + last + 1  # and the image
         measured[name] = {
             "images_per_second": len(x) / medians[name],
@@ -157,8 +163,12 @@ def main(
             "attacked_mean_error": float(attacked_result.error.mean()),
             "attacked_p95_error": float(attacked_result.error.quantile(0.95)),
             "attacked_unaware_accuracy": float(hits(model, attacked_result.image, y[:attacked]).mean()),
-            "stationarity": float(stationarity(generator, x[:100], result.z[:100], PRESETS[name]).median()),
-            "gemm_share": passes * flops * len(x) / medians[name] / peaks.get(precision, peaks["full"]),
+            "stationarity": float(stationarity(generator, x[:100], result.z[:100], config).median()),
+            "gemm_share": passes
+            * flops
+            * len(x)
+            / medians[name]
+            / peaks.get(config.precision, peaks["full"]),
         }
     presets = {name: measured[first] for name, first in same.items()}
     beside = {name: paired(right["reference"], right[first])._asdict() for name, first in same.items()}
@@ -168,9 +178,9 @@ def main(
         f"{flops / 2e6:.2f} million multiply-adds for a drawing"
     )
     columns = list(presets["reference"])
-    click.echo(f"{'':>12}" + "".join(f"{c:>26}" for c in columns))
+    click.echo(f"{'':>18}" + "".join(f"{c:>26}" for c in columns))
     for name, values in presets.items():
-        click.echo(f"{name:>12}" + "".join(f"{values[c]:>26.5g}" for c in columns))
+        click.echo(f"{name:>18}" + "".join(f"{values[c]:>26.5g}" for c in columns))
     for name, found in beside.items():
         if name != "reference":
             figures = f"{found['gained']} gained, {found['lost']} lost, p {found['p']:.2g}"

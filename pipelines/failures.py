@@ -37,6 +37,9 @@ def reported(interrupted: str = "interrupted") -> Iterator[None]:
             fail("out of memory: expected smaller batches (batch_size, projection.chunk) or networks", 1)
         code = _exit_code(error)
         if code is None:
+            if _cannot_compile(error):
+                why = str(error).split("\n\n")[0]  # after which it is advice to developers
+                fail(f"projection.compiled: {why}; expected false without a compiler", 1)
             raise
         fail(str(error) or interrupted, code)
 
@@ -47,6 +50,12 @@ def _out_of_memory(error: Exception) -> bool:
     # Of a CPU's memory PyTorch says so in words alone.
     told = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     return told or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+def _cannot_compile(error: Exception) -> bool:
+    from torch._dynamo.exc import TorchDynamoException
+
+    return isinstance(error, TorchDynamoException)
 
 
 def _exit_code(error: Exception) -> int | None:

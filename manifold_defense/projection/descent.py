@@ -248,6 +248,9 @@ class _Path:
 def _descend(problem: Problem, x: Tensor, start: Tensor, *, record: bool = False) -> _Path:
     """Run the solver from starts (N, R, D) towards x (N, C, H, W); gradients enabled by the caller."""
     config, pixels, problem = problem.config, x.shape[1:].numel(), problem.rounded(x.device)
+    evaluate, advance = problem.loss, problem.step
+    if config.compiled:
+        evaluate, advance = torch.compile(evaluate), torch.compile(advance)
     path = _Path(start.detach().clone())
     rows = torch.arange(path.images * path.restarts, device=x.device)
     target = x.repeat_interleave(path.restarts, 0)
@@ -260,7 +263,7 @@ def _descend(problem: Problem, x: Tensor, start: Tensor, *, record: bool = False
             path.states.append((None if whole else rows, state))
         point = state[0].detach().requires_grad_(True)
         # The loss is summed over problems, never averaged: each descends as if it were alone.
-        loss, distance = problem.loss(point, target)
+        loss, distance = evaluate(point, target)
         (gradient,) = torch.autograd.grad(loss.sum(), point)
         loss, distance = loss.detach(), distance.detach()
         if record:
@@ -268,7 +271,7 @@ def _descend(problem: Problem, x: Tensor, start: Tensor, *, record: bool = False
         path.spent[rows] += 1
         path.offer(rows, point.detach(), loss, k, replace=config.iterate == "last")
         with torch.no_grad():
-            state = problem.step(state, loss, gradient, k, pixels)
+            state = advance(state, loss, gradient, k, pixels)
         going = _going(path, rows, distance / pixels, gradient, k, config)
         if going is not None and not bool(going.all()):
             rows, target, state = rows[going], target[going], tuple(entry[going] for entry in state)

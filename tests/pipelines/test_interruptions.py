@@ -5,6 +5,7 @@ import importlib
 import json
 import shutil
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 import torch
@@ -238,3 +239,16 @@ def test_a_lack_of_memory_is_one_line():
     assert caught.value.exit_code == 1
     with pytest.raises(RuntimeError, match="another"), reported():
         raise RuntimeError("another")
+
+
+def test_a_lack_of_a_compiler_is_one_line():
+    def lacking(graph: torch.fx.GraphModule, inputs: object) -> NoReturn:
+        raise RuntimeError("no compiler")
+
+    refused = torch.compile(lambda x: x + 1, backend=lacking)
+    with (
+        pytest.raises(Failure, match=r"^projection\.compiled: .*no compiler; expected false") as caught,
+        reported(),
+    ):
+        refused(torch.ones(1))
+    assert caught.value.exit_code == 1
