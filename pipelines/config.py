@@ -199,8 +199,14 @@ class HardenConfig:
             _check_pieces(self.objective.disturbance, self.training.batch_size, pieces)
 
     @property
+    def projects(self) -> bool:
+        """Whether it is trained on what the filter makes of images."""
+        return self.behind in ("filter", "reconstructions")
+
+    @property
     def needs_filter(self) -> bool:
-        return self.objective.needs_manifold or self.behind in ("filter", "reconstructions")
+        """Whether it needs at least the networks of the filter."""
+        return self.objective.needs_manifold or self.projects
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,8 @@ class Context:
             return
         try:
             self.fabric.load(path, state, weights_only=True)
+        except (OSError, MemoryError, torch.OutOfMemoryError):
+            raise  # the file may be whole
         except Exception as error:
             raise StageError(
                 f"{path}: damaged checkpoint ({in_one_line(error)[:200]}); "

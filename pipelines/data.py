@@ -274,7 +274,8 @@ def _torchvision(config: DataConfig) -> Dataset:
     # Asked to download, torchvision reports even what it already has; so first ask without.
     try:
         return read(download=False)
-    except Exception:
+    except Exception as error:
+        found = in_one_line(error)
         created = [path for path in (target, *target.parents) if not os.path.exists(path)]  # deepest first
     try:
         return read(download=True)
@@ -283,9 +284,9 @@ def _torchvision(config: DataConfig) -> Dataset:
             with suppress(OSError):  # not created after all, or no longer empty
                 path.rmdir()
         complete = all(os.path.exists(target / file) for file in files)
-        problem = "damaged and could not be replaced" if complete else "not found and could not be downloaded"
+        found = f"damaged ({found}), and no download mended it" if complete else "not found, nor downloaded"
         raise DataError(
-            f"{config.name}: {problem} ({in_one_line(error)}); put {', '.join(files)} into {target}"
+            f"{config.name}: {found} ({in_one_line(error)}); put {', '.join(files)} into {target}"
         ) from error
 
 

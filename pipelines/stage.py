@@ -78,7 +78,7 @@ class Plan:
             return f"it was made by version {facts.get('version')} of the stage, this is {self.version}"
         before = facts.get("config", {})
         wanted = json.loads(json.dumps(dict(self.config), default=str))
-        for key in sorted({*before, *wanted}, key=lambda k: list(wanted).index(k) if k in wanted else -1):
+        for key in (*(key for key in before if key not in wanted), *wanted):
             if key not in before or key not in wanted:
                 return f"{key} is {'new' if key in wanted else 'no longer there'}"
             if before[key] != wanted[key]:

@@ -10,7 +10,6 @@ None of them defends: most of what they seem to hold is masked, which is what th
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from typing import ClassVar, Self
 
@@ -48,7 +47,7 @@ class Preprocess(nn.Module, ABC):
 
     def seen(self, view: str) -> Self:
         """This module, sharing its state, differentiated as `view` says."""
-        other = copy.copy(self)
+        other = with_parts(self)
         other.view = self._checked(view)
         return other
 

@@ -237,7 +237,8 @@ def order(s: Subject) -> Check:
 def views(s: Subject) -> Check:
     """Is the exact gradient at least as strong as what stands in for it, or ignores the defence?"""
     exact = s.share("pgd")
-    others = {view: s.share("pgd", view) for view in list(s.defence.attacked)[:-1]}
+    stand_ins = (view for view in s.defence.attacked if view != s.defence.strongest_view)
+    others = {view: s.share("pgd", view) for view in stand_ins}
     view, least = min(others.items(), key=lambda item: item[1], default=("", exact))
     words = f"PGD leaves {exact:.0%} through the exact gradient, {least:.0%} through {view}"
     return s.verdict("views", exact - least, exact - least <= _TOLERANCE, words)

@@ -25,8 +25,8 @@ def _harden_inputs(config: Config) -> tuple[str, ...]:
 
 
 def _harden_sections(config: Config) -> tuple[str, ...]:
-    behind = any(variant.behind in ("filter", "reconstructions") for variant in config.harden)
-    return ("seed", "data", "harden", *(("projection",) if behind else ()))
+    projects = any(variant.projects for variant in config.harden)
+    return ("seed", "data", "harden", *(("projection",) if projects else ()))
 
 
 def _of_the_run(config: Config) -> bool:

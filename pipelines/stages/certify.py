@@ -140,7 +140,7 @@ def _follows(
 ) -> bool:
     x, _ = context.test_images(1)
     try:
-        certify(classifier, x)
+        certify(classifier, x[:0])  # looks at the classifier alone
     except TypeError as error:
         context.say(f"certify: {name} is left out: {error}")
         return False

@@ -92,12 +92,12 @@ def harden(context: Context) -> dict[str, Any]:
 def _taken_over(own: Context, variant: HardenConfig) -> dict[str, Any] | None:
     """What a finished variant says of itself, copied here if it was finished by an earlier run."""
     fingerprint = _fingerprint(own, variant)
-    for folder in (own.folder, own.previous and own.previous / variant.name):
+    for folder in (own.folder, *([own.previous / variant.name] if own.previous else ())):
         try:
-            facts: dict[str, Any] = json.loads((folder / VARIANT).read_text()) if folder else {}
+            facts: dict[str, Any] = json.loads((folder / VARIANT).read_text())
         except (OSError, ValueError):
             continue
-        if folder is None or facts.get("fingerprint") != fingerprint:
+        if facts.get("fingerprint") != fingerprint:
             continue
         if own.main:
             (folder / STATE).unlink(missing_ok=True)
@@ -123,7 +123,8 @@ def _fingerprint(context: Context, variant: HardenConfig) -> str:
     # The encoder may begin as a variant that is none of these.
     config = replace(context.config, harden=tuple(lineage), encoder=EncoderStageConfig())
     on_filter = any(member.needs_filter for member in lineage)
-    sections = ("seed", "data", "harden", *(("projection",) if on_filter else ()))
+    projects = any(member.projects for member in lineage)
+    sections = ("seed", "data", "harden", *(("projection",) if projects else ()))
     needed = ("train-classifier", *(("train-encoder",) if on_filter else ()))
     inputs = {}
     for name in needed:
@@ -157,7 +158,7 @@ def _harden(own: Context, context: Context, variant: HardenConfig) -> dict[str, 
     teacher: Classifier | None = None
     if taught is not None:
         # Where it is deployed; on reconstructions the images are already what the filter makes of them.
-        drawn = variant.behind == "reconstructions" and taught.behind in ("filter", "reconstructions")
+        drawn = variant.behind == "reconstructions" and taught.projects
         place = "" if drawn else taught.behind
         teacher = behind(place, earlier(taught.name).requires_grad_(False), filter)
     metrics = _train(own, start, variant.training, variant.objective, variant, filter, teacher)

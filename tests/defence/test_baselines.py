@@ -316,3 +316,9 @@ def test_stand_ins_find_what_the_flat_gradient_hides(name: str) -> None:
     left = {view: robust(model.view(view), model, x, y, 0.15) for view in model.views()}
     hidden = robust(Hidden(model), model, x, y, 0.15)
     assert max(left.values()) < hidden - 0.2, (left, hidden)
+
+
+def test_a_hook_of_a_view_is_its_own() -> None:
+    baseline, x = Blur(sigma=1.0), images(2)
+    baseline.seen("identity").register_forward_hook(lambda *given: given[-1] * 0)
+    assert torch.equal(baseline(x), fresh("blur")(x))

@@ -262,6 +262,8 @@ def test_a_detached_projection_is_flagged_by_its_views(learned: Any, linear: Any
     cut = Changed(honest.model, lambda x: x.detach())  # type: ignore[arg-type]
     masked = replace(honest, attacked={**honest.attacked, "exact": cut})
     assert {"gradient", "slope", "views"} <= failed(masked, x, y)
+    turned = replace(masked, attacked=dict(reversed(masked.attacked.items())))
+    assert "views" in failed(turned, x, y)
 
 
 @pytest.mark.parametrize("threat", [Threat("l2", 0.5), Threat("patch", 3), Threat("l0", 4)])

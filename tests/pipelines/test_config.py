@@ -14,6 +14,7 @@ from manifold_defense.projection import PRESETS, ProjectionConfig
 from pipelines.config import Config
 from pipelines.data import DATASETS
 from pipelines.settings import ConfigError, in_quotes, known_keys, load_config, meanings, to_toml
+from pipelines.stage import make_plans
 from pipelines.stages import STAGES, in_order
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
@@ -39,6 +40,20 @@ def test_any_text_is_printed_so_that_it_reads_back(tmp_path, text):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_valid_and_names_its_run(recipe):
     assert load_config(recipe).run == recipe.stem
+
+
+def test_only_a_variant_that_is_trained_on_projections_depends_on_how_they_are_made():
+    for variant, depends in (
+        ('objective={name="latent"}', False),
+        ('behind="filter"', True),
+        ('behind="reconstructions"', True),
+        ("", False),
+    ):
+        made_of = []
+        for steps in (1, 2):
+            config = load_config(None, [f"harden=[{{{variant}}}]", f"projection.steps={steps}"])
+            made_of.append(make_plans(in_order(config), config)["harden"].fingerprint)
+        assert (made_of[0] != made_of[1]) is depends
 
 
 def test_there_is_a_recipe_for_every_data_set():

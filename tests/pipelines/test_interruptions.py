@@ -146,6 +146,22 @@ def test_a_damaged_checkpoint_is_named(run_folder):
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), torch.OutOfMemoryError("full")])
+def test_a_checkpoint_that_could_not_be_read_here_is_not_called_damaged(run_folder, monkeypatch, error):
+    def load(*args, **kwargs):
+        raise error
+
+    part = run_folder / "train-gan.part"
+    (run_folder / "train-gan").rename(part)
+    (part / "stage.json").rename(part / "plan.json")
+    (part / "state.ckpt").write_bytes(b"an hour's work")
+    monkeypatch.setattr(Fabric, "load", load)
+    result = invoke("train-gan", *settings())
+    assert result.exit_code == 1
+    assert "Permission denied" in result.output or "out of memory" in result.output
+    assert "delete" not in result.output
+
+
 def test_a_full_disk_is_named_and_the_same_command_works_once_there_is_room(run_folder, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")

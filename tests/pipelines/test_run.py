@@ -17,6 +17,7 @@ from pipelines_support import FEWER, invoke, rows, settings
 import pipelines.run
 from manifold_defense import load_classifier
 from pipelines.locking import alone
+from pipelines.stage import Plan
 from pipelines.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +31,12 @@ def test_every_stage_leaves_its_facts_and_no_scraps(finished):
         assert facts["seconds"] > 0 or name in ("report", "export")
         assert facts["versions"]["torch"]
     assert not [path for path in run.rglob("*") if path.suffix in (".part", ".partial", ".ckpt", ".old")]
+
+
+def test_of_settings_that_are_gone_the_first_is_named():
+    plan = Plan("train-gan", 1, {"gan.images": 5}, {})
+    facts = {"version": 1, "config": {"gan.z": 1, "gan.a": 2, "gan.images": 6}}
+    assert plan.difference(facts) == "gan.z is no longer there"
 
 
 def test_the_table_holds_every_cell(finished):
