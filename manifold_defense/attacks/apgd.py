@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from manifold_defense.attacks.contract import attack
-from manifold_defense.attacks.norms import column, geometry
+from manifold_defense.attacks.highest import Highest
+from manifold_defense.attacks.norms import Geometry, column, geometry
 from manifold_defense.attacks.objective import (
     Objective,
     attack_loss,
-    clearly,
     likely_wrong,
     logits_and_gradient,
-    margins,
     towards,
 )
 from manifold_defense.modes import evaluation_mode
@@ -58,27 +58,18 @@ def apgd(
         raise ValueError("target_classes: expected 0 for an attack that is targeted already")
     shape = geometry(norm)
     rng = torch.Generator().manual_seed(seed)
+    climb = _Climb(model, shape, eps, steps, loss, targeted)
     x = x.detach()
-    best = x.clone()
     with evaluation_mode(model):
         with torch.no_grad():
             logits = model(x)
-        best_margin = margins(logits, y, targeted).to(x.dtype)
-        found = clearly(best_margin, logits)
+        best = Highest(x, y, logits, targeted=targeted, stop_early=stop_early)
         runs: Sequence[Tensor | None] = likely_wrong(logits, y, target_classes) or [None]
         for _ in range(restarts):
             for target in runs:
                 start = x + shape.sample(x, eps, rng) if random_start else x
-                start = shape.place(x, start, eps, _BOX)
-                active = (~found if stop_early else torch.ones_like(found)).nonzero().squeeze(1)
-                climb = _Climb(model, norm, eps, steps, loss, targeted, stop_early)
-                to = None if target is None else target[active]
-                after, margin, over = climb.run(x[active], y[active], start[active], to)
-                better = margin > best_margin[active]
-                best[active[better]] = after[better]
-                best_margin[active[better]] = margin[better]
-                found[active] |= over
-    return best
+                climb.run(best, x, y, shape.place(x, start, eps, _BOX), target)
+    return best.image
 
 
 def _checkpoints(steps: int) -> set[int]:
@@ -90,79 +81,77 @@ def _checkpoints(steps: int) -> set[int]:
     return {math.ceil(round(share * steps, 6)) for share in shares[1:]}
 
 
-class _Climb:
-    """One run from one start, on all images at once; an image leaves it when it is clearly fooled."""
+class _State(NamedTuple):
+    """Of M images that are climbed: one row each."""
 
-    def __init__(
-        self,
-        model: Classifier,
-        norm: Norm,
-        eps: float,
-        steps: int,
-        loss: str,
-        targeted: bool,
-        stop_early: bool,
-    ) -> None:
-        self.model, self.shape, self.eps, self.steps = model, geometry(norm), eps, steps
-        self.loss, self.targeted, self.stop_early = loss, targeted, stop_early
+    at: Tensor  # (M, C, H, W) where it is
+    before: Tensor  # and was
+    peak: Tensor  # the point of the highest loss so far
+    slope: Tensor  # the gradient there
+    highest: Tensor  # (M,) the loss there
+    last: Tensor  # the loss of the step before
+    size: Tensor  # of the next step
+    rises: Tensor  # how often the loss rose since the last look at the step size
+    kept: Tensor  # the step size and the highest loss that this look found
+    seen: Tensor
 
-    def run(
-        self, x: Tensor, y: Tensor, start: Tensor, target: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (M, C, H, W) of the highest margin, those margins, and which are clearly fooled, (M,)."""
-        shape, checkpoints, since = self.shape, _checkpoints(self.steps), 0
-        best = x.clone()
-        best_margin = torch.full((len(x),), -torch.inf).to(x)
-        over = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        active = torch.arange(len(x), device=x.device)
-        # One row an active image: where it is and was, the point of the highest loss so far and what is
-        # known of it, the step size, how often the loss rose since the last look, what that look found.
-        at, before, peak = start, start, start
-        slope = torch.zeros_like(x)
-        highest, last = (torch.full_like(best_margin, -torch.inf) for _ in range(2))
-        size = torch.full_like(best_margin, 2 * self.eps)
-        rises = torch.zeros_like(best_margin)
-        kept, seen = torch.zeros_like(best_margin), torch.full_like(best_margin, -torch.inf)
+
+class _Climb(NamedTuple):
+    """One run from one start, on all images at once."""
+
+    model: Classifier
+    shape: Geometry
+    eps: float
+    steps: int
+    loss: str
+    targeted: bool
+
+    def run(self, best: Highest, x: Tensor, y: Tensor, start: Tensor, target: Tensor | None) -> None:
+        """Climb from images (N, C, H, W), towards classes (N,) if given, what `best` still seeks."""
+        checkpoints, since, rows = _checkpoints(self.steps), 0, best.sought()
+        at, none = start[rows], x.new_zeros(len(rows))
+        least, size = none - torch.inf, none + 2 * self.eps
+        state = _State(at, at, at, torch.zeros_like(at), least, least, size, none, none, least)
         for step in range(self.steps + 1):
-            if len(active) == 0:
+            if len(rows) == 0:
                 break
-            label, goal = y[active], None if target is None else target[active]
-            logits, value, gradient = self._look(at, label, goal, last=step == self.steps)
-            margin = margins(logits, label, self.targeted).to(x.dtype)
-            better = margin > best_margin[active]
-            best[active[better]], best_margin[active[better]] = at[better], margin[better]
-            over[active] |= clearly(margin, logits)
+            goal = None if target is None else target[rows]
+            logits, value, gradient = self._look(state.at, y[rows], goal, last=step == self.steps)
+            best.keep(rows, state.at, logits)
             if step == self.steps:
                 break
-            if step:
-                rises = rises + (value > last)
-            last = value
-            new_peak = value > highest
-            highest = torch.where(new_peak, value, highest)
-            wide = column(new_peak, at)
-            peak, slope = torch.where(wide, at, peak), torch.where(wide, gradient, slope)
-            if step in checkpoints:
-                # Halve where the loss rose too rarely, or where neither it nor the step size has
-                # changed since the last look, and go back to the best point (eqs. 4 and 5).
-                halve = (rises < _RAISED * (step - since)) | ((kept == size) & (seen == highest))
-                kept, seen = size, highest
-                size = torch.where(halve, size / 2, size)
-                wide = column(halve, at)
-                at, gradient = torch.where(wide, peak, at), torch.where(wide, slope, gradient)
-                before = torch.where(wide, at, before)
-                rises, since = torch.zeros_like(rises), step
-            clean = x[active]
-            reached = shape.step(clean, at, gradient, column(size, at), self.eps, _BOX)
-            weight = _MOMENTUM if step else 1.0
-            moved = at + weight * (reached - at) + (1 - weight) * (at - before)
-            before, at = at, shape.place(clean, moved, self.eps, _BOX)
-            if self.stop_early and bool(over[active].any()):
-                on = ~over[active]
-                active = active[on]
-                at, before, peak, slope = at[on], before[on], peak[on], slope[on]
-                highest, last, size, rises = highest[on], last[on], size[on], rises[on]
-                kept, seen = kept[on], seen[on]
-        return best, best_margin, over
+            looks = step in checkpoints
+            state = self._step(state, x[rows], value, gradient, step, step - since if looks else 0)
+            since = step if looks else since
+            going = best.going(rows)
+            if not bool(going.all()):
+                rows, state = rows[going], _State(*(entry[going] for entry in state))
+
+    def _step(
+        self, s: _State, clean: Tensor, value: Tensor, gradient: Tensor, step: int, looked_over: int
+    ) -> _State:
+        """After a step from where the loss is `value` (M,); before it the last `looked_over` are judged."""
+        at, before, size, kept, seen = s.at, s.before, s.size, s.kept, s.seen
+        rises = s.rises + (value > s.last) if step else s.rises
+        new_peak = value > s.highest
+        highest = torch.where(new_peak, value, s.highest)
+        wide = column(new_peak, at)
+        peak, slope = torch.where(wide, at, s.peak), torch.where(wide, gradient, s.slope)
+        if looked_over:
+            # Halve where the loss rose too rarely, or where neither it nor the step size has
+            # changed since the last look, and go back to the best point (eqs. 4 and 5).
+            halve = (rises < _RAISED * looked_over) | ((kept == size) & (seen == highest))
+            kept, seen = size, highest
+            size = torch.where(halve, size / 2, size)
+            wide = column(halve, at)
+            at, gradient = torch.where(wide, peak, at), torch.where(wide, slope, gradient)
+            before = torch.where(wide, at, before)
+            rises = torch.zeros_like(rises)
+        reached = self.shape.step(clean, at, gradient, column(size, at), self.eps, _BOX)
+        weight = _MOMENTUM if step else 1.0
+        moved = at + weight * (reached - at) + (1 - weight) * (at - before)
+        after = self.shape.place(clean, moved, self.eps, _BOX)
+        return _State(after, at, peak, slope, highest, value, size, rises, kept, seen)
 
     def _look(
         self, at: Tensor, y: Tensor, target: Tensor | None, *, last: bool

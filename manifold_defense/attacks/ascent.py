@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from manifold_defense.attacks.highest import Highest
 from manifold_defense.attacks.norms import geometry
-from manifold_defense.attacks.objective import clearly, logits_and_gradient, margins
+from manifold_defense.attacks.objective import logits_and_gradient
 from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
@@ -47,15 +48,11 @@ def ascend(
         raise ValueError(f"expected steps ≥ 1, restarts ≥ 1, got {steps}, {restarts}")
     climbed = ("ce", "margin") if loss == "both" else (loss,)
     x = x.detach()
-    best = x.clone()
     with evaluation_mode(model):
         with torch.no_grad():
-            logits = model(x)
-        best_margin = margins(logits, y, targeted)
-        # Just over the boundary, another batch's rounding could bring the image back.
-        found = clearly(best_margin, logits) & stop_early
+            best = Highest(x, y, model(x), targeted=targeted, stop_early=stop_early)
         for restart in range(restarts):
-            active = (~found).nonzero().squeeze(1)
+            active = best.sought()
             if len(active) == 0:
                 break
             current = x.clone()
@@ -63,22 +60,19 @@ def ascend(
             for step in range(steps + 1):
                 if len(active) == 0:
                     break
-                at, label = current[active], y[active]
+                at = current[active]
                 if step < steps:
                     value = climbed[restart % len(climbed)]
-                    logits, gradient = logits_and_gradient(model, at, label, value, targeted)
+                    logits, gradient = logits_and_gradient(model, at, y[active], value, targeted)
                     # Where the gradient is not finite there is no direction; the next restart may differ.
                     up = gradient.nan_to_num(0, 0, 0)
                     current[active] = move(x[active], at, up, 1 - step / steps)
                 else:
                     with torch.no_grad():
                         logits = model(at)
-                margin = margins(logits, label, targeted)
-                better = margin > best_margin[active]
-                best[active[better]], best_margin[active[better]] = at[better], margin[better]
-                found[active] |= clearly(margin, logits) & stop_early
-                active = active[~found[active]]
-    return best
+                best.keep(active, at, logits)
+                active = active[best.going(active)]
+    return best.image
 
 
 def ascend_in_ball(

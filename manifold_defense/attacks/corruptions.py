@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manifold_defense.attacks.contract import attack
+from manifold_defense.attacks.highest import Highest
 from manifold_defense.attacks.jpeg import compress
-from manifold_defense.attacks.objective import clearly, margins
 from manifold_defense.attacks.resampling import blur, pixel_places, rotate, translate, warp
 from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
@@ -156,23 +156,16 @@ def corruption(
     if not names or not set(names) <= set(CORRUPTIONS):
         raise ValueError(f"names: expected some of {', '.join(CORRUPTIONS)}, got {list(names)}")
     x = x.detach()
-    best = x.clone()
     with evaluation_mode(model):
-        logits = model(x)
-        best_margin = margins(logits, y, targeted)
-        found = clearly(best_margin, logits)
+        best = Highest(x, y, model(x), targeted=targeted, stop_early=stop_early)
         for severity in range(int(eps), 0, -1):
             for change in (one for name in names for one in _variants(name, severity, draws, seed, _side(x))):
-                active = (~found if stop_early else torch.ones_like(found)).nonzero().squeeze(1)
+                active = best.sought()
                 if len(active) == 0:
-                    return best
+                    break
                 tried = change(x[active])
-                logits = model(tried)
-                margin = margins(logits, y[active], targeted)
-                better = margin > best_margin[active]
-                best[active[better]], best_margin[active[better]] = tried[better], margin[better]
-                found[active] |= clearly(margin, logits)
-    return best
+                best.keep(active, tried, model(tried))
+    return best.image
 
 
 def draw_corruption(x: Tensor, severity: int, rng: torch.Generator) -> Tensor:

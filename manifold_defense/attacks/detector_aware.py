@@ -86,7 +86,7 @@ def detector_aware(
         found = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for restart in range(restarts):
             multiplier = torch.zeros_like(best_margin)
-            active = (~found if stop_early else torch.ones_like(found)).nonzero().squeeze(1)
+            active = (~found).nonzero().squeeze(1)
             if len(active) == 0:
                 break
             current = x.clone()

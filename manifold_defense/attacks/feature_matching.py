@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from manifold_defense.attacks.contract import attack
+from manifold_defense.attacks.highest import Highest
 from manifold_defense.attacks.norms import geometry
-from manifold_defense.attacks.objective import clearly, input_gradient, margins
+from manifold_defense.attacks.objective import input_gradient
 from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
@@ -49,8 +50,6 @@ def feature_matching(
     step_size = eps if step_size is None else step_size
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()
-    best = x.clone()
-
     with evaluation_mode(model, features):
         with torch.no_grad():
             logits = model(x)
@@ -69,31 +68,25 @@ def feature_matching(
                     labels = candidates[1]
                 allowed = _allowed(labels, y, targeted)
         order, available = _nearest(mine, goals, allowed)
-        best_margin = margins(logits, y, targeted)
-        found = clearly(best_margin, logits)
+        best = Highest(x, y, logits, targeted=targeted, stop_early=stop_early)
+        hopeful = (available > 0).nonzero().squeeze(1)
         for restart in range(restarts):
             start = shape.sample(x, eps, rng) if random_start else torch.zeros_like(x)
             current = (x + shape.project(start, eps)).clamp(0, 1)
-            hopeful = available > 0
-            active = (hopeful & ~found if stop_early else hopeful).nonzero().squeeze(1)
+            active = hopeful[best.going(hopeful)]
             for step in range(steps + 1):
                 if len(active) == 0:
                     break
-                at, clean, label = current[active], x[active], y[active]
+                at = current[active]
                 with torch.no_grad():
-                    logits = model(at)
-                margin = margins(logits, label, targeted)
-                better = margin > best_margin[active]
-                best[active[better]], best_margin[active[better]] = at[better], margin[better]
+                    best.keep(active, at, model(at))
                 if step < steps:
                     aim = order[active, restart % available[active]]
                     pull = -_gradient(features, at, goals[aim]).nan_to_num(0, 0, 0)
                     length = step_size * (1 - step / steps)
-                    current[active] = shape.step(clean, at, pull, length, eps, _BOX)
-                if stop_early:
-                    found[active] |= clearly(margin, logits)
-                    active = active[~found[active]]
-    return best
+                    current[active] = shape.step(x[active], at, pull, length, eps, _BOX)
+                active = active[best.going(active)]
+    return best.image
 
 
 def _allowed(labels: Tensor, y: Tensor, targeted: bool) -> Tensor:

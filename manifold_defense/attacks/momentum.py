@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manifold_defense.attacks.contract import attack
+from manifold_defense.attacks.highest import Highest
 from manifold_defense.attacks.norms import Bounds, column, free, geometry
-from manifold_defense.attacks.objective import clearly, logits_and_gradient, margins
+from manifold_defense.attacks.objective import logits_and_gradient
 from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
@@ -48,35 +49,27 @@ def mi_fgsm(
     step_size = eps / steps if step_size is None else step_size
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()
-    best, current, momentum = x.clone(), x.clone(), torch.zeros_like(x)
+    current, momentum = x.clone(), torch.zeros_like(x)
     with evaluation_mode(model):
         with torch.no_grad():
-            logits = model(x)
-        best_margin = margins(logits, y, targeted)
-        active = torch.arange(len(x), device=x.device)
-        if stop_early:
-            active = (~clearly(best_margin, logits)).nonzero().squeeze(1)
+            best = Highest(x, y, model(x), targeted=targeted, stop_early=stop_early)
+        active = best.sought()
         for _ in range(steps):
             if len(active) == 0:
                 break
-            at, clean, label = current[active], x[active], y[active]
+            at = current[active]
             seen = _diverse(model, x, rng) if diversity and _draw(rng) < diversity else model
-            _, gradient = logits_and_gradient(seen, at, label, loss, targeted)
+            _, gradient = logits_and_gradient(seen, at, y[active], loss, targeted)
             gradient = gradient.nan_to_num(0, 0, 0)
             length = gradient.flatten(1).abs().sum(1).clamp(min=1e-30)
             momentum[active] = decay * momentum[active] + gradient / column(length, gradient)
             # A pixel at its bound takes no share of a step's length.
             moved = at + step_size * shape.steepest(free(momentum[active], at, _BOX))
-            at = shape.place(clean, moved, eps, _BOX)
-            current[active] = at
+            current[active] = at = shape.place(x[active], moved, eps, _BOX)
             with torch.no_grad():
-                logits = model(at)
-            margin = margins(logits, label, targeted)
-            better = margin > best_margin[active]
-            best[active[better]], best_margin[active[better]] = at[better], margin[better]
-            if stop_early:
-                active = active[~clearly(margin, logits)]
-    return best
+                best.keep(active, at, model(at))
+            active = active[best.going(active)]
+    return best.image
 
 
 def _draw(rng: torch.Generator) -> float:

@@ -1,4 +1,4 @@
-"""What every gradient attack shares: a quiet model, a loss to raise, and what counts as success."""
+"""What every gradient attack shares: a loss to raise, its gradient, and what counts as success."""
 
 from __future__ import annotations
 

@@ -70,11 +70,11 @@ def range_attack(
             logits = model(x)
         clean_margin = margins(logits, y, targeted)
         best_margin = torch.where(fooled(logits, y, targeted), clean_margin, -torch.inf).to(x.dtype)
-        found = clearly(clean_margin, logits)
+        found = clearly(clean_margin, logits) & stop_early
         for restart in range(restarts):
             draw = torch.randn(1, generator.latent_dim, generator=rng).to(x)
             start = draw.expand(len(x), -1) if z is None else z.detach() + spread * draw * (restart > 0)
-            active = (~found if stop_early else torch.ones_like(found)).nonzero().squeeze(1)
+            active = (~found).nonzero().squeeze(1)
             state = adam.init(start[active].clone(), config)
             weight = x.new_full((len(active),), _WEIGHT)
             for step in range(steps + 1):
@@ -94,7 +94,7 @@ def range_attack(
                     better &= (handed - drawn).flatten(1).abs().amax(1) <= _ROUNDING
                 best[active[better]] = handed[better]
                 best_margin[active[better]] = margin[better].to(x.dtype)
-                going = ~(clearly(margin, logits) & better) if stop_early else torch.ones_like(better)
+                going = ~(clearly(margin, logits) & better & stop_early)
                 found[active] |= ~going
                 if step < steps:
                     _, climb = logits_and_gradient(guide, handed, label, "margin", targeted)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manifold_defense.attacks.contract import attack
+from manifold_defense.attacks.highest import Highest
 from manifold_defense.attacks.objective import clearly, logits_and_gradient, margins
 from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
@@ -49,11 +50,9 @@ def patch(
     climbed = ("ce", "margin") if loss == "both" else (loss,)
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()
-    best = x.clone()
     with evaluation_mode(model):
         logits, gradient = logits_and_gradient(model, x, y, "margin", targeted)
-        best_margin = margins(logits, y, targeted).detach()
-        found = clearly(best_margin, logits) & stop_early
+        best = Highest(x, y, logits, targeted=targeted, stop_early=stop_early)
         gains = _window_gains(x, gradient.nan_to_num(0, 0, 0), int(eps))
         for restart in range(restarts):
             value = climbed[restart % len(climbed)]
@@ -61,13 +60,13 @@ def patch(
             content = torch.rand(len(x), corners.shape[1], *x.shape[1:], generator=rng).to(x)
             while True:
                 rivals = corners.shape[1]
-                reached = best_margin.new_full((len(x), rivals), -torch.inf)
+                reached = best.margin.new_full((len(x), rivals), -torch.inf)
                 for rival in range(rivals):
-                    active = (~found).nonzero().squeeze(1)
+                    active = best.sought()
                     if len(active) == 0:
-                        return best
+                        return best.image
                     inside = _inside(corners[active, rival], int(eps), x)
-                    image, margin, logits = _climb(
+                    image, logits = _climb(
                         model,
                         torch.where(inside, content[active, rival], x[active]),
                         y[active],
@@ -77,16 +76,14 @@ def patch(
                         targeted,
                         stop_early,
                     )
-                    content[active, rival], reached[active, rival] = image, margin
-                    better = margin > best_margin[active]
-                    best[active[better]], best_margin[active[better]] = image[better], margin[better]
-                    found[active] |= clearly(margin, logits) & stop_early
+                    content[active, rival] = image
+                    reached[active, rival] = best.keep(active, image, logits)
                 if rivals == 1:
                     break
                 ahead = reached.float().topk(rivals // 2, dim=1).indices  # in half precision topk has gaps
                 image_index = torch.arange(len(x), device=x.device).unsqueeze(1)
                 corners, content = corners[image_index, ahead], content[image_index, ahead]
-    return best
+    return best.image
 
 
 def _climb(
@@ -98,8 +95,8 @@ def _climb(
     loss: str,
     targeted: bool,
     stop_early: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """PGD on the pixels `inside` (N, 1, H, W): the best iterates, their margins (N,) and logits (N, K)."""
+) -> tuple[Tensor, Tensor]:
+    """PGD on the pixels `inside` (N, 1, H, W): the iterates of highest margin, their logits (N, K)."""
     current, best = start.clone(), start.clone()
     active = torch.arange(len(start), device=start.device)
     for step in range(steps + 1):
@@ -123,7 +120,7 @@ def _climb(
             active = active[~clearly(margin, logits)]
             if len(active) == 0:
                 break
-    return best, best_margin, best_logits
+    return best, best_logits
 
 
 def _window_gains(x: Tensor, gradient: Tensor, side: int) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from manifold_defense.attacks.objective import clearly, margins
+from manifold_defense.attacks.highest import Highest
 from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier
 
@@ -43,17 +43,14 @@ def random_search(
         raise ValueError(f"expected steps ≥ 1, restarts ≥ 1, got {steps}, {restarts}")
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()
-    best = x.clone()
     with evaluation_mode(model):
-        logits = model(x)
-        best_margin = margins(logits, y, targeted)
-        found = clearly(best_margin, logits) & stop_early
+        best = Highest(x, y, model(x), targeted=targeted, stop_early=stop_early)
         for _ in range(restarts):
-            current, current_margin = x.clone(), torch.full_like(best_margin, -torch.inf)
+            current, current_margin = x.clone(), torch.full_like(best.margin, -torch.inf)
             for step in range(steps):
-                active = (~found).nonzero().squeeze(1)
+                active = best.sought()
                 if len(active) == 0:
-                    return best
+                    break
 
                 def draw(*shape: int, active: Tensor = active) -> Tensor:
                     return torch.rand(len(x), *shape, generator=rng).to(x)[active]
@@ -63,13 +60,8 @@ def random_search(
                     tried = start(active, draw)
                 else:
                     tried = propose(current[active], clean, step / steps, draw)
-                logits = model(tried)
-                margin = margins(logits, y[active], targeted)
+                margin = best.keep(active, tried, model(tried))
                 higher = margin > current_margin[active]
                 moved = active[higher]
                 current[moved], current_margin[moved] = tried[higher], margin[higher]
-                better = margin > best_margin[active]
-                moved = active[better]
-                best[moved], best_margin[moved] = tried[better], margin[better]
-                found[active] |= clearly(margin, logits) & stop_early
-    return best
+    return best.image
