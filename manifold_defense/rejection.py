@@ -45,7 +45,11 @@ class RejectingClassifier(nn.Module):
 
     def residual(self, x: Tensor) -> Tensor:
         """Mean squared error (N,) of the projection of images (N, C, H, W), differentiable in them."""
-        error: Tensor = (self.filter.drawing(x) - x).square().flatten(1).mean(1)
+        drawing = self.filter.drawing(x)
+        if self.filter.view == "identity":
+            # Its imitation of a gradient, that of x, would cancel here.
+            drawing = drawing.detach()
+        error: Tensor = (drawing - x).square().flatten(1).mean(1)
         return error
 
     @torch.no_grad()

@@ -157,7 +157,7 @@ def test_robustness_goes_on_where_it_stopped(
     ]
     assert [(pair["before"], pair["after"]) for pair in facts["paired"]] == [("robust", "accurate")]
 
-    module = import_module("manifold_defense.evaluation.evaluate")
+    module = import_module("manifold_defense.evaluation.course")
     run_job = module.run_job
 
     def noting(names: list[str], limit: int = 1000) -> Callable[..., Outcome]:

@@ -19,10 +19,11 @@ _Attack = TypeVar("_Attack", bound=Callable[..., Tensor])
 def attack(function: _Attack) -> _Attack:
     """Around an attack `(model, x, y, *, eps, …)`: ValueError for what it would make nonsense of.
 
-    That is images x (N, …) that are not finite floats within its `bounds`, [0, 1] where it has none,
-    labels y (N,) that are not int64 from 0, and an `eps` that is no finite number from 0 (but for the default
-    of attacks that seek the nearest image) or, in L∞, more than images can differ by. Images of another scale
-    would pass for robust, a radius of another one for broken.
+    That is images x (N, …) that are not finite, in float32 or float64, within its `bounds`, [0, 1] where it
+    has none, labels y (N,) that are not int64 from 0, an `eps` that is no finite number from 0 (but for the
+    default of attacks that seek the nearest image) or, in L∞, more than images can differ by, a step that is
+    none, and a model that changes x in place. Images of another scale would pass for robust, a radius of
+    another one for broken, and in half precision a radius is not exact.
     """
     defaults = {name: given.default for name, given in inspect.signature(function).parameters.items()}
 
@@ -33,15 +34,27 @@ def attack(function: _Attack) -> _Attack:
         _check(x, y, bounds)
         if given["eps"] is not None and given["eps"] != defaults["eps"]:
             _check_radius(given["eps"], bounds[1] - bounds[0] if given.get("norm") == "linf" else math.inf)
-        return function(model, x, y, **settings)
+        for name in ("step_size", "learning_rate"):
+            if given.get(name) is not None and not given[name] > 0:
+                raise ValueError(f"{name}: expected above 0, got {given[name]}")
+        before = _version(x)
+        x_adv = function(model, x, y, **settings)
+        if _version(x) != before:
+            raise ValueError("model: expected one that leaves its images alone, it changed them in place")
+        return x_adv
 
     return cast(_Attack, checked)
 
 
+def _version(x: Tensor) -> int:
+    """How often x was changed in place; of inference tensors nobody counts."""
+    return 0 if x.is_inference() else x._version
+
+
 def _check(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
+    if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
         got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"images: expected a tensor of floats, got {got}")
+        raise ValueError(f"images: expected a tensor of float32 or float64, got {got}")
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != x.shape[:1]:
         got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"labels: expected {len(x)} of int64, got {got}")

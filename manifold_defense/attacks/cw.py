@@ -43,6 +43,9 @@ def cw(
     """
     if norm != "l2":
         raise ValueError(f"cw: expected norm l2, got {norm!r}")
+    if steps < 1 or searches < 1 or not initial_weight > 0:
+        given = f"{steps}, {searches}, {initial_weight}"
+        raise ValueError(f"expected steps ≥ 1, searches ≥ 1, initial_weight > 0, got {given}")
     size = geometry(norm).size
     x = x.detach()
     best, best_size = x.clone(), x.new_full((len(x),), torch.inf)

@@ -26,6 +26,8 @@ def noise(
     seed: int = 0,
 ) -> Tensor:
     """The worst of `draws` perturbations: signs of eps (L∞), directions of length eps (L2), then clipped."""
+    if draws < 1:
+        raise ValueError(f"expected draws ≥ 1, got {draws}")
     shape = geometry(norm)
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()

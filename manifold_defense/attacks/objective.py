@@ -52,7 +52,7 @@ def attack_loss(logits: Tensor, y: Tensor, loss: str, targeted: bool) -> Tensor:
         return margins(logits, y, targeted) / _spread(logits, 3)
     if loss != "ce":
         raise ValueError(f"loss: expected ce, margin or dlr, got {loss!r}")
-    value = F.cross_entropy(logits, y, reduction="none")
+    value = F.cross_entropy(logits.float() if _is_half(logits) else logits, y, reduction="none")
     return -value if targeted else value
 
 
@@ -61,6 +61,8 @@ def _check(logits: Tensor, y: Tensor) -> None:
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"model: expected logits (N, K), got {got}")
+    if logits.shape[1] < 2:
+        raise TypeError(f"model: expected logits of two classes or more, got shape {tuple(logits.shape)}")
     if y.dtype != torch.int64 or y.shape != logits.shape[:1]:
         raise TypeError(f"y: expected int64 labels ({len(logits)},), got {y.dtype} {tuple(y.shape)}")
     if len(y) and int(y.max()) >= logits.shape[1]:
@@ -124,11 +126,25 @@ def logits_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Logits (N, K) and the gradient of the loss in x (N, C, H, W), leaving no trace on the model.
 
-    The gradient is zero where the model hides it.
+    The gradient is zero where the model hides it. Of logits in float16 its length means nothing.
     """
+
+    def raised(logits: Tensor) -> Tensor:
+        return attack_loss(logits, y, loss, targeted) if isinstance(loss, str) else loss(logits)
+
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
         logits = model(x)
-        value = attack_loss(logits, y, loss, targeted) if isinstance(loss, str) else loss(logits)
-        gradient = input_gradient(value, x)
+        if _is_half(logits):
+            # Of a sure model what goes back into its logits would be nothing in so few digits.
+            wide = logits.detach().double().requires_grad_(True)
+            weight = input_gradient(raised(wide), wide)
+            weight = weight / weight.abs().amax(1, keepdim=True).clamp(min=1e-300)
+            gradient = input_gradient(logits * weight.to(logits), x)
+        else:
+            gradient = input_gradient(raised(logits), x)
     return logits.detach(), gradient
+
+
+def _is_half(logits: Tensor) -> bool:
+    return isinstance(logits, Tensor) and logits.dtype == torch.float16

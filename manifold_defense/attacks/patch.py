@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -43,7 +41,7 @@ def patch(
     """
     if norm != "patch":
         raise ValueError(f"norm: expected patch, got {norm!r}")
-    if not 1 <= eps < math.inf or eps != int(eps):
+    if eps < 1 or eps != int(eps):
         raise ValueError(f"eps: expected a whole number of pixels, at least 1, got {eps}")
     if steps < 1 or restarts < 1 or locations < 1:
         raise ValueError(f"expected steps, restarts, locations ≥ 1, got {steps}, {restarts}, {locations}")

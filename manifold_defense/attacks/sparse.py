@@ -225,7 +225,7 @@ def _pixels(norm: str, eps: float) -> int:
     """How many pixels may change, or a ValueError."""
     if norm != "l0":
         raise ValueError(f"norm: expected l0, got {norm!r}")
-    if not 0 <= eps < math.inf or eps != int(eps):
+    if eps != int(eps):
         raise ValueError(f"eps: expected a whole number of pixels, got {eps}")
     return int(eps)
 

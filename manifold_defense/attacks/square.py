@@ -41,8 +41,6 @@ def square(
     """
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm: expected one of linf, l2, got {norm!r}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps: expected at least 0 and finite, got {eps}")
     if not 0 < initial_share <= 1:
         raise ValueError(f"initial_share: expected above 0 and at most 1, got {initial_share}")
     start, propose = (_linf if norm == "linf" else _l2)(x.detach(), eps, initial_share)

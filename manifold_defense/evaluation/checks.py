@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -25,12 +26,12 @@ from manifold_defense.evaluation.recipe import SPECS, AttackConfig
 from manifold_defense.evaluation.subject import Check, Subject, change_of, lead, share_of
 from manifold_defense.modes import evaluation_mode
 from manifold_defense.rejection import RejectingClassifier
-from manifold_defense.types import Classifier, Norm, Threat
+from manifold_defense.types import Ball, Classifier, Norm, Threat
 
 # By how much two shares of a few dozen images may differ by chance.
 _TOLERANCE = 0.05
-# The attacks that are to find nothing more, and by how much they may lower a figure. A loss can be led
-# astray by logits whose scale follows the input: the ratio of their differences has none, a label no loss.
+# Longer attacks on what was left, by norm. Logits whose scale follows the input lead a loss astray: DLR, a
+# ratio of their differences, has no scale, and HopSkipJump sees labels alone.
 _IN_BALL = (
     AttackConfig("apgd", 100),
     AttackConfig("apgd", 100, loss="dlr"),
@@ -52,9 +53,10 @@ _LAST: Mapping[Norm, tuple[AttackConfig, ...]] = {
 }
 _LAST_REFUSED = (AttackConfig("detector_aware", 100, 4),)
 # Under these threats every check is asked, under others whether the attacks have converged.
-BALLS: tuple[Norm, ...] = ("linf", "l2")
+EXAMINED: tuple[Norm, ...] = ("linf", "l2")
+_BALLS: tuple[Norm, ...] = get_args(Ball)
 _STAND_IN = Threat("linf", 0.1)
-_FALL = 0.02
+_FALL = 0.02  # by how much those longer attacks may lower a figure
 _HALVINGS = 16  # of a way between two images: a step of float32 is some ten more
 
 
@@ -272,11 +274,11 @@ def convergence(s: Subject) -> Check:
         before = s.score(s.adversarial("pgd")[alive], y, s.seed + 1)
     else:
         (x, y, before), share, most = s.left, s.left_share, _FALL
-    if s.defence.predict is not None and s.threat.norm not in BALLS and len(x):
+    if s.defence.predict is not None and s.threat.norm not in _BALLS and len(x):
         # What fools it is refused, and held to be defended; `detector_aware` is of balls alone.
         words = "no attack under this threat knows by which rule images are refused: they count as defended"
         return s.verdict("convergence", share, False, words)
-    refuses = isinstance(s.defence.strongest, RejectingClassifier) and s.threat.norm in BALLS
+    refuses = isinstance(s.defence.strongest, RejectingClassifier) and s.threat.norm in _BALLS
     last = _LAST_REFUSED if refuses else _LAST[s.threat.norm]
     seed = s.seed + 1_500_000_001  # not a start that the attacks before had
     before = before.to(x)
@@ -321,8 +323,8 @@ def unbounded(s: Subject) -> Check:
     return s.verdict("unbounded", left, left < 2 * _TOLERANCE, words)
 
 
-_Checks = tuple[Callable[[Subject], Check], ...]
-OF_MODEL: _Checks = (
+Checks = tuple[Callable[[Subject], Check], ...]
+OF_MODEL: Checks = (
     gradient,
     slope,
     stability,
@@ -338,8 +340,8 @@ OF_MODEL: _Checks = (
     rule,
     unbounded,
 )
-OF_THREAT: _Checks = (order, views, black_box, path, convergence, budget)
-CHECKS: _Checks = (*OF_MODEL, *OF_THREAT)
+OF_THREAT: Checks = (order, views, black_box, path, convergence, budget)
+CHECKS: Checks = (*OF_MODEL, *OF_THREAT)
 
 
 def examine(
@@ -350,10 +352,9 @@ def examine(
     *,
     left: tuple[Tensor, Tensor, Tensor] | None = None,
     left_share: float = 1.0,
-    steps: int = 15,
     seed: int = 0,
     unused: Classifier | None = None,
-    checks: _Checks = CHECKS,
+    checks: Checks = CHECKS,
     keep: Callable[[Tensor], None] | None = None,
 ) -> list[Check]:
     """Checks of one defence on images (N, C, H, W) with labels (N,), some dozens.
@@ -362,7 +363,7 @@ def examine(
     attacks find within it: passing them under one threat says nothing of another.
 
     `left` are images, labels and scores of those that an evaluation could not break, or some of them, and
-    `left_share` the robust accuracy that it states; without, those are taken that PGD of `steps`
+    `left_share` the robust accuracy that it states; without, those are taken that PGD
     leaves. Where `threat` is no L∞ or L2 ball, L∞ 0.1 stands in for it, but for what is `left`: whether a
     longer attack breaks that is asked of every threat. `keep` is given what that attack makes of them,
     (M, C, H, W), the clean images where it broke none. `unused` is a copy of the deployed model from
@@ -376,8 +377,12 @@ def examine(
     if not right.any():
         return []
     x, y = x[right], y[right]
-    own = Subject(defence, threat, x, y, steps, seed, left, left_share, unused, keep)
-    subject = own if threat.norm in BALLS else replace(own, threat=_STAND_IN, left=None, keep=None, _kept={})
+    own = Subject(
+        defence, threat, x, y, seed=seed, left=left, left_share=left_share, unused=unused, keep=keep
+    )
+    subject = (
+        own if threat.norm in EXAMINED else replace(own, threat=_STAND_IN, left=None, keep=None, _kept={})
+    )
     found = []
     for check in checks:
         asked = own if check is convergence and left is not None else subject

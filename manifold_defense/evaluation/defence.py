@@ -57,6 +57,10 @@ class Defence:
     predict: Callable[[Tensor], Tensor] | None = None
     surrogates: frozenset[str] = frozenset({"unaware"})
 
+    def __post_init__(self) -> None:
+        if not self.attacked:
+            raise ValueError(f"attacked: expected at least one view of {self.name}, got none")
+
     def presses(self, view: str) -> bool:
         """Whether an attack goes on after it fooled this view: another model judges, or other draws."""
         return view in self.surrogates or self.draws > 1

@@ -13,17 +13,17 @@ import gc
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from manifold_defense.evaluation.checks import BALLS, CHECKS, OF_THREAT, convergence, examine
-from manifold_defense.evaluation.defence import CHECKED, Defence, ModelError
-from manifold_defense.evaluation.ledger import UNION, Ledger, Mode, Row
-from manifold_defense.evaluation.outcome import Compute, Outcome, held, in_batches, in_rounds, judged, run_job
+from manifold_defense.evaluation.checks import CHECKS, EXAMINED, OF_THREAT, Checks, convergence
+from manifold_defense.evaluation.course import Course, Store
+from manifold_defense.evaluation.defence import Defence, ModelError
+from manifold_defense.evaluation.ledger import UNION, Mode, Row
+from manifold_defense.evaluation.outcome import Compute, Outcome, in_batches
 from manifold_defense.evaluation.plan import Job, jobs
 from manifold_defense.evaluation.recipe import SPECS, AttackConfig
 from manifold_defense.evaluation.statistics import paired
@@ -32,9 +32,6 @@ from manifold_defense.modes import evaluation_mode
 from manifold_defense.projection import check_images
 from manifold_defense.randomised import seeded
 from manifold_defense.types import Classifier, Threat
-
-# Images that attacks borrow from: each batch of `feature_matching` draws them all.
-_LENDERS = 1000
 
 
 @dataclass(frozen=True)
@@ -55,12 +52,13 @@ class Evaluation:
     def comparisons(self, before: str, after: str) -> list[dict[str, Any]]:
         """What the defence `after` gained and lost on `before`, for each threat and their union."""
         threats = [threat for name, threat in self.worst if name == before]
+        groups = [[threat] for threat in threats]
+        if len(threats) > 1:
+            groups.append(threats)
         found = []
-        for together in ([t] for t in threats) if len(threats) == 1 else (*([t] for t in threats), threats):
-            scores = [
-                torch.stack([self.worst[name, t] for t in together]).amin(0) for name in (before, after)
-            ]
-            norm, eps = (together[0].norm, together[0].eps) if len(together) == 1 else (UNION, 0.0)
+        for group in groups:
+            scores = [torch.stack([self.worst[name, t] for t in group]).amin(0) for name in (before, after)]
+            norm, eps = (group[0].norm, group[0].eps) if len(group) == 1 else (UNION, 0.0)
             line = {"before": before, "after": after, "norm": norm, "eps": eps}
             found.append({**line, **paired(*scores)._asdict()})
         return found
@@ -85,14 +83,6 @@ class Evaluation:
         ]
 
 
-class Store(Protocol):
-    """Where finished jobs are kept, so that an interrupted evaluation goes on."""
-
-    def get(self, job: Job, met: Tensor) -> Outcome | None: ...
-
-    def put(self, job: Job, outcome: Outcome) -> None: ...
-
-
 def _check(
     defences: Sequence[Defence],
     attacks: Sequence[AttackConfig],
@@ -100,6 +90,7 @@ def _check(
     x: Tensor,
     y: Tensor,
     mode: str,
+    checks: int,
 ) -> None:
     """Raise ValueError for what `evaluate` cannot take, TypeError for no defence, attack or threat."""
     kinds = (
@@ -124,6 +115,8 @@ def _check(
             raise ValueError(f"attacks: expected one that is no noise for {cell}, got none")
     if mode not in get_args(Mode):
         raise ValueError(f"mode: expected one of {', '.join(get_args(Mode))}, got {mode!r}")
+    if checks < 0:
+        raise ValueError(f"checks: expected at least 0, got {checks}")
     if x.dim() != 4:
         raise ValueError(f"images: expected shape (N, C, H, W), got {tuple(x.shape)}")
     _, channels, height, width = x.shape
@@ -155,7 +148,7 @@ def evaluate(
     Cheap attacks come before dear ones, so that in mode `standard` few images are left for the
     latter. Then every defence meets the images that broke it within a smaller threat of the same norm, and
     those that broke the others, until nothing is left to try. At the end each is examined
-    for masked gradients on the first `checks` images that it gets right, and for a stronger attack on as
+    for masked gradients on `checks` images that it gets right, and for a stronger attack on as
     many of those that were left (0: none is): under every L∞ and L2 threat by all checks, under others for
     the stronger attack alone. What that breaks counts as broken, and is tried on the others, too. The rows of
     a threat under which a defence fails are marked, and those of threats that are no such ball if it fails
@@ -173,111 +166,40 @@ def evaluate(
     that no attack applies to, and a model that returns no finite logits or changes the images that it is
     given.
     """
-    _check(defences, attacks, threats, x, y, mode)
-    compute = compute or in_batches(max(len(x), 1))
+    _check(defences, attacks, threats, x, y, mode, checks)
     todo, pairs = list(jobs(defences, attacks, threats)), _transfers(defences, threats)
-    first = next((threat for threat in threats if threat.norm in BALLS), threats[0])
     examined = list(product(defences, threats)) if checks and len(x) else []
     unused = {defence.name: _copied(defence.model) for defence in defences} if examined else {}
     for defence in defences if len(x) else ():
         _ask(defence, x, y)
-    ledger, outcomes = Ledger(mode), list[tuple[Job, Outcome]]()
     total = len(todo) + len(pairs) + len(examined)
-
-    def enter(job: Job, outcome: Outcome) -> None:
-        ledger.enter(job, outcome)
-        outcomes.append((job, outcome))
-
-    def meet(job: Job, met: Tensor, work: Callable[[Tensor, int], Outcome]) -> None:
-        """Let the job meet the images `met` (M,), unless the store knows what comes of it."""
-
-        def once(met: Tensor, turn: int) -> Outcome:
-            def part(batch: int, images: slice) -> tuple[Tensor, ...]:
-                return tuple(work(met[images], job.seed(seed, turn, batch)))
-
-            return Outcome(*compute(part, len(met)))._replace(met=met) if len(met) else Outcome.empty(x)
-
-        outcome = store.get(job, met) if store is not None else None
-        if outcome is None:
-            outcome = in_rounds(job.rounds, met, once)
-            if store is not None:
-                store.put(job, outcome)
-        enter(job, outcome)
-        on_progress(len(outcomes), total)
-
+    shared_out = compute or in_batches(max(len(x), 1))
+    course = Course(x, y, mode, seed, shared_out, store, lambda done: on_progress(done, total))
     for job in todo:
-
-        def attacked(at: Tensor, seed: int, job: Job = job) -> Outcome:
-            return run_job(job, x[at], y[at], seed, x[:_LENDERS])
-
-        meet(job, ledger.left(job) if job.threat else torch.arange(len(x)), attacked)
-    tried: dict[str, set[int]] = {}
-
-    def untried(job: Job) -> dict[int, Tensor] | None:
-        """What broke the source of a transfer: at first all of it, then what may still break more, if any."""
-        pool, known = ledger.pool(job), tried.get(job.name)
-        if known is None:
-            return pool
-        return {i: pool[i] for i in ledger.standing(job) if i in pool and i not in known} or None
-
-    def spread() -> None:
-        """Let transfers meet what broke their sources, until that breaks nothing more."""
-        waiting = True
-        while waiting:
-            waiting = False
-            for job, pool in [(job, untried(job)) for job in pairs]:
-                if pool is None:
-                    continue
-                tried[job.name] = {*tried.get(job.name, ()), *pool}
-                waiting = True
-
-                def met(at: Tensor, seed: int, job: Job = job, pool: Mapping[int, Tensor] = pool) -> Outcome:
-                    x_adv = torch.stack([pool[i] for i in at.tolist()]).to(x)
-                    return judged(job, x[at], y[at], x_adv, seed)
-
-                meet(job, torch.tensor(list(pool), dtype=torch.long), met)
-
-    spread()
-
-    def checked(job: Job, at: Tensor, x_adv: Tensor) -> None:
-        """What a check broke is broken."""
-        x_adv = held(job, x[at], x_adv)
-        enter(job, judged(job, x[at], y[at], x_adv, seed)._replace(met=at))
-
+        course.attack(job)
+    course.transfer(pairs)
     found: list[Check] = []
     for done, (defence, threat) in enumerate(examined, 1):
-        clean = ledger.clean[defence.name]
-        score = ledger.worst.get((defence.name, threat), clean).clone()
-        # Of a model that draws, the images that it gets right in most of its draws.
-        right, at = ((of > 0.5).nonzero()[:checks, 0] for of in (clean, score))
-        made = examine(
-            defence,
-            threat,
-            x[right],
-            y[right],
-            left=(x[at], y[at], score[at]),
-            left_share=float(score.mean()),
-            seed=seed,
-            unused=unused[defence.name],
-            checks=CHECKS if threat is first else OF_THREAT if threat.norm in BALLS else (convergence,),
-            keep=partial(checked, Job(defence, None, CHECKED, threat), at),
-        )
-        if len(right) and not made:
-            words = f"of {len(right)} images that it got right it gets none right when asked again"
-            made = [Check(defence.name, "randomness", 1.0, False, words)]
-        found += made
+        found += course.examine(defence, threat, _checks_under(threat, threats), unused[defence.name], checks)
         on_progress(len(todo) + len(pairs) + done, total)
-    spread()
+    course.transfer(pairs)
+    ledger = course.ledger
     rows = [*ledger.rows, *ledger.worst_rows(defences)]
     return Evaluation(
         mode,
         len(x),
-        outcomes,
-        [replace(r, masked=_masked(r, found)) for r in rows],
+        course.outcomes,
+        [replace(row, masked=_masked(row, found)) for row in rows],
         found,
         ledger.worst,
         {key: torch.stack(list(images.values())) for key, images in ledger.broken.items() if images},
     )
+
+
+def _checks_under(threat: Threat, threats: Sequence[Threat]) -> Checks:
+    """Those of the model under one of the threats, an examined one if there is one."""
+    first = next((other for other in threats if other.norm in EXAMINED), threats[0])
+    return CHECKS if threat is first else OF_THREAT if threat.norm in EXAMINED else (convergence,)
 
 
 @torch.no_grad()
@@ -303,6 +225,14 @@ def _ask(defence: Defence, x: Tensor, y: Tensor) -> None:
         raise ValueError(
             f"labels: expected below {logits.shape[1]}, the classes of {defence.name}, got {known - 1}"
         )
+    if defence.predict is not None:
+        with evaluation_mode(defence.model), seeded(defence.model, 0):
+            labels = defence.predict(given)
+        if labels.dtype != torch.int64 or labels.shape != given.shape[:1]:
+            raise ModelError(
+                f"{defence.name}: predict: expected {len(given)} labels of int64, "
+                f"got {labels.dtype} of shape {tuple(labels.shape)}"
+            )
     if not torch.equal(logits, answers(defence.model)):
         return  # it draws in a way of its own: nothing can be compared
     for view, model in defence.attacked.items():
@@ -334,10 +264,11 @@ def _copied(model: Classifier) -> Classifier:
         for function in functions:
             cells = tuple(types.CellType() for _ in function.__closure__ or ())
             memo[id(function)] = types.FunctionType(
-                function.__code__, function.__globals__, function.__name__, None, cells
+                function.__code__, dict(function.__globals__), function.__name__, None, cells
             )
         for function in functions:
             made = memo[id(function)]
+            made.__globals__.update(copy.deepcopy(_known(function), memo))
             made.__defaults__ = copy.deepcopy(function.__defaults__, memo)
             made.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__, memo)
             made.__dict__.update(copy.deepcopy(function.__dict__, memo))
@@ -359,13 +290,25 @@ def _closures(model: Classifier) -> list[types.FunctionType]:
             continue
         seen.add(id(value))
         if isinstance(value, types.FunctionType):
-            kept = (value.__closure__, value.__defaults__, value.__kwdefaults__, value.__dict__)
+            kept = (
+                value.__closure__,
+                value.__defaults__,
+                value.__kwdefaults__,
+                value.__dict__,
+                _known(value),
+            )
             if any(kept):
                 found.append(value)
-            left.extend(kept)  # not what is global: that is no model's own
+            left.extend(kept)  # what else is global is no model's own
         else:
             left.extend(gc.get_referents(value))
     return found
+
+
+def _known(function: types.FunctionType) -> dict[str, nn.Module]:
+    """The modules that a function knows by a global name, such as that of `lambda x: net(x)`."""
+    named = ((name, function.__globals__.get(name)) for name in function.__code__.co_names)
+    return {name: value for name, value in named if isinstance(value, nn.Module)}
 
 
 def _masked(row: Row, checks: Sequence[Check]) -> bool:
@@ -377,7 +320,7 @@ def _masked(row: Row, checks: Sequence[Check]) -> bool:
     def speaks(check: Check) -> bool:
         if check.norm is None or (check.norm, check.eps) == (row.norm, row.eps):
             return True
-        return row.norm == UNION or (check.norm in BALLS and row.norm not in (None, *BALLS))
+        return row.norm == UNION or (check.norm in EXAMINED and row.norm not in (None, *EXAMINED))
 
     return any(check.defence == row.defence and speaks(check) for check in checks if not check.passed)
 

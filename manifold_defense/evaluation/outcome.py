@@ -96,8 +96,9 @@ def judge(defence: Defence, x: Tensor, y: Tensor, *, attacked: bool, seed: int) 
     model = defence.model
     with evaluation_mode(model), seeded(model, 2 * seed + 1):  # not the draws that the attack has seen
         if defence.predict is not None:
-            prediction = defence.predict(x)
-            return prediction, credited(prediction, y, attacked=attacked).float()
+            drawn = [defence.predict(x) for _ in range(defence.draws)]
+            score = torch.stack([credited(labels, y, attacked=attacked) for labels in drawn]).float().mean(0)
+            return drawn[0], score
         logits = defence.asked(model, x)
         score = correct(logits, y).float()
         for _ in range(defence.draws - 1):

@@ -162,7 +162,7 @@ SPECS: dict[str, Spec] = {
     "range": Spec(_range_attack, _BALLS, restarts="restarts", cycle=2, knows=_range, view="exact"),
     "detector_aware": Spec(
         attacks.detector_aware,
-        _BOTH,
+        _BALLS,
         restarts="restarts",
         cycle=4,
         others="pieces",

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manifold_defense.attacks import fgsm, mean_over_draws, noise, pgd, square
+from manifold_defense.attacks import fgsm, noise, pgd, square
 from manifold_defense.attacks.objective import correct, logits_and_gradient
 from manifold_defense.evaluation.defence import Defence
+from manifold_defense.evaluation.outcome import judge
 from manifold_defense.modes import evaluation_mode
-from manifold_defense.rejection import credited
 from manifold_defense.types import Classifier, Threat
 
 
@@ -107,9 +107,7 @@ class Subject:
         """In which share (N,) of its draws the deployed model gets attacked images right, or refuses them."""
         if len(x_adv) == 0:
             return x_adv.new_zeros(0)
-        if (predicted := self.predicted(x_adv)) is not None:
-            return credited(predicted, y, attacked=True).to(x_adv)
-        return mean_over_draws(self.defence.model, x_adv, y, self.defence.draws, seed).to(x_adv)
+        return judge(self.defence, x_adv, y, attacked=True, seed=seed)[1].to(x_adv)
 
     def share(self, *attack: Any) -> float:
         """Of the images that are robust to `adversarial(*attack)`."""

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from manifold_defense.attacks import deepfool, fab, fmn, pgd
-from manifold_defense.attacks.objective import attack_loss, fooled
+from manifold_defense.attacks.objective import attack_loss, fooled, logits_and_gradient
 from tests.defence.attack_table import (
     ATTACKS,
     SEEDED,
@@ -178,8 +178,9 @@ def test_a_target_is_reached(name: str) -> None:
 
 _NONSENSE: tuple[tuple[str, Any, str], ...] = (
     ("x", lambda x: 255 * x, r"^images: expected values in \[0, 1\], got \[.*, 2[0-9.]*\]"),
-    ("x", lambda x: (255 * x).byte(), "^images: expected a tensor of floats, got torch.uint8"),
-    ("x", lambda x: x.numpy(), "^images: expected a tensor of floats, got ndarray"),
+    ("x", lambda x: (255 * x).byte(), "^images: expected a tensor of float32 or float64, got torch.uint8"),
+    ("x", lambda x: x.half(), "^images: expected a tensor of float32 or float64, got torch.float16"),
+    ("x", lambda x: x.numpy(), "^images: expected a tensor of float32 or float64, got ndarray"),
     ("x", lambda x: torch.where(x > 0.5, x, torch.nan), "^images: expected values in"),
     ("y", lambda y: y.float(), r"^labels: expected 12 of int64, got torch.float32 of shape \(12,\)"),
     ("y", lambda y: y[:3], "^labels: expected 12 of int64"),
@@ -215,3 +216,37 @@ def test_an_infinite_radius_is_for_those_that_seek_the_nearest_image() -> None:
             ATTACKS[name](model, x, y, eps=float("inf"))
     for attack in (fab, fmn, deepfool):
         assert fooled(logits_of(model, attack(model, x, y, norm="linf")), y, False).all()
+
+
+# These never ask the model about the very images that they are given.
+_ASK_OF_OTHERS = ("detector", "fgsm-random", "sparse-rs", "stroke-search")
+
+
+def test_of_a_sure_model_in_float16_the_gradient_is_not_lost() -> None:
+    """Beyond a lead of seventeen a softmax is nothing in so few digits."""
+    model, x, y = problem(3)
+    lead = logits_of(model, x).topk(2).values.diff().abs()[:, 0]
+    x = x[lead > 0.3 * lead.max()]
+    y = logits_of(model, x).argmax(1)
+
+    def sure(x: Tensor) -> Tensor:
+        logits: Tensor = 80 / lead.max() * model(x)
+        return logits
+
+    expected = logits_and_gradient(sure, x, y, "ce", False)[1].flatten(1)
+    found = logits_and_gradient(lambda x: sure(x).half(), x, y, "ce", False)[1].flatten(1)
+    assert torch.cosine_similarity(found, expected).min() > 0.99
+
+
+@pytest.mark.parametrize("name", [name for name in ATTACKS if not name.startswith(_ASK_OF_OTHERS)])
+def test_a_model_that_changes_its_images_is_refused(name: str) -> None:
+    model, x, y = problem(3)
+
+    def spoiling(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x.mul_(0.99)
+        logits: Tensor = model(x)
+        return logits
+
+    with pytest.raises(ValueError, match=r"^model: expected one that leaves its images alone"):
+        ATTACKS[name](spoiling, x, y)

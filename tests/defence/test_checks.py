@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from manifold_defense import DefendedClassifier, ManifoldFilter, ProjectionConfig, Threat
 from manifold_defense.attacks import Expectation
-from manifold_defense.evaluation import CHECKS, Defence, checks, examine
+from manifold_defense.evaluation import CHECKS, Defence, checks, evaluate, examine
 from manifold_defense.evaluation.baselines import Preprocessed, RandomNoise
 from manifold_defense.evaluation.recipe import AttackConfig
 from manifold_defense.evaluation.subject import Subject
@@ -264,6 +264,30 @@ def test_a_detached_projection_is_flagged_by_its_views(learned: Any, linear: Any
     assert {"gradient", "slope", "views"} <= failed(masked, x, y)
     turned = replace(masked, attacked=dict(reversed(masked.attacked.items())))
     assert "views" in failed(turned, x, y)
+
+
+def test_images_that_are_sorted_by_class_hide_nothing(learned: Any) -> None:
+    """The gradients of the last classes alone are masked."""
+    model, x, y = learned
+    order = y.argsort(stable=True)
+
+    def masked(logits: Tensor) -> Tensor:
+        return torch.where(logits.argmax(1, keepdim=True) >= 7, logits.detach(), logits)
+
+    attacks = [AttackConfig("pgd", 5)]
+    found = evaluate(
+        [Defence.bare("a", Changed(model, after=masked))], attacks, [LINF], x[order], y[order], checks=10
+    )
+    assert found.rows[-1].masked
+    assert "gradient" in {check.name for check in found.checks if not check.passed}
+
+
+def test_a_function_that_knows_a_model_by_its_name_can_be_copied(learned: Any) -> None:
+    model, x, y = learned
+    names = {"net": model}
+    named = eval("lambda x: net(x)", names)
+    found = evaluate([Defence.of("a", named)], [AttackConfig("pgd", 5)], [LINF], x, y, checks=10)
+    assert "memory" not in {check.name for check in found.checks if not check.passed}
 
 
 @pytest.mark.parametrize("threat", [Threat("l2", 0.5), Threat("patch", 3), Threat("l0", 4)])

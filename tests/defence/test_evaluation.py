@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -24,7 +25,10 @@ from manifold_defense.evaluation import (
     run_job,
     wilson,
 )
+from manifold_defense.evaluation.course import spread
 from manifold_defense.evaluation.meter import Meter
+from manifold_defense.evaluation.outcome import judge
+from manifold_defense.rejection import REJECTED
 from tests.defence.evaluation_support import (
     FAR,
     L2,
@@ -235,7 +239,7 @@ def test_no_two_jobs_draw_the_same_and_defences_do(classifier: nn.Module) -> Non
     attacks = [AttackConfig("pgd", 2), AttackConfig("apgd", 2), AttackConfig("square_pgd", 2, queries=2)]
     attacks += [AttackConfig("square", 2)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(import_module("manifold_defense.evaluation.evaluate"), "run_job", noted)
+        patch.setattr(import_module("manifold_defense.evaluation.course"), "run_job", noted)
         defences = [Defence.bare(name, classifier) for name in ("a", "b")]
         evaluate(defences, attacks, [LINF, FAR], x, y, checks=0, mode="full", compute=in_batches(30))
     assert len(set(seeds["a"])) == len(seeds["a"]) > 8
@@ -431,6 +435,11 @@ def answering(forward: Callable[[Tensor], Any]) -> dict[str, Any]:
     return {"defences": [Defence.bare("a", Model())]}
 
 
+def predicting(predict: Callable[[Tensor], Tensor]) -> Defence:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    return replace(Defence.bare("a", model), predict=predict)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -438,6 +447,9 @@ def answering(forward: Callable[[Tensor], Any]) -> dict[str, Any]:
         ({"threats": [LINF, Threat("patch", 2)]}, "attacks: expected one that is no noise for patch 2 on a"),
         ({"attacks": [AttackConfig("noise", 3)]}, "attacks: expected one that is no noise for linf 0.1 on a"),
         ({"attacks": [AttackConfig("range", 3)]}, "attacks: expected one that is no noise for linf 0.1 on a"),
+        ({"checks": -1}, "checks: expected at least 0, got -1"),
+        ({"defences": [predicting(lambda x: x)]}, r"a: predict: expected 2 labels of int64, got .*float32"),
+        ({"defences": [predicting(lambda x: x[:, 0, 0, :1].long())]}, r"of int64, got .* of shape \(2, 1\)"),
         ({"mode": "fulll"}, "mode: expected one of standard, full, got 'fulll'"),
         ({"attacks": [AttackConfig("pgd"), AttackConfig("pgd", 3)]}, "attacks: expected different names"),
         ({"x": torch.full((4, 1, 2, 2), 1.5)}, r"images: expected values in \[0, 1\]"),
@@ -468,6 +480,29 @@ def test_what_cannot_be_evaluated_is_refused(change: dict[str, Any], words: str)
     }
     with pytest.raises(ValueError, match=words):
         evaluate(**{**given, **change})
+
+
+def test_a_defence_without_views_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^attacked: expected at least one view of a, got none"):
+        Defence("a", Table(A), {})
+
+
+def test_of_a_random_model_that_refuses_every_draw_counts() -> None:
+    def predict(x: Tensor) -> Tensor:
+        return torch.where(torch.rand(len(x)) < 0.25, REJECTED, 0)
+
+    x, y = torch.zeros(200, 1, 2, 2), torch.zeros(200, dtype=torch.long)
+    drawing = replace(predicting(predict), draws=50)
+    for attacked, expected in ((False, 0.75), (True, 1.0)):
+        _, score = judge(drawing, x, y, attacked=attacked, seed=0)
+        assert float(score.mean()) == pytest.approx(expected, abs=0.02)
+        assert attacked or 0.5 < score.min() < score.max() < 1
+
+
+def test_what_is_looked_at_is_spread_over_all_images() -> None:
+    assert spread(torch.tensor([3, 5, 7, 9, 11, 13, 15]), 3).tolist() == [3, 7, 11]
+    assert spread(torch.tensor([3, 5]), 3).tolist() == [3, 5]
+    assert spread(torch.tensor([3, 5]), 0).tolist() == []
 
 
 @pytest.mark.parametrize(

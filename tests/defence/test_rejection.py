@@ -50,8 +50,9 @@ def test_the_gradient_of_the_residual_is_that_of_the_distance(linear: Any) -> No
     model = RejectingClassifier(ManifoldFilter(linear, config=SOLVED), Linear(0.0).double(), 0.005)
     delta = off_range(linear, 3, 0.5)
     x = (on_range(linear, 3) + delta).requires_grad_(True)
-    (gradient,) = torch.autograd.grad(model.residual(x).sum(), x)
-    torch.testing.assert_close(gradient, 2 * delta / 64, atol=1e-7, rtol=0)
+    for seen in (model, model.view("identity"), model.view("tangent")):
+        (gradient,) = torch.autograd.grad(seen.residual(x).sum(), x)
+        torch.testing.assert_close(gradient, 2 * delta / 64, atol=1e-7, rtol=0)
 
 
 def test_who_is_refused_does_not_depend_on_the_strength_what_the_others_are_called_does(linear: Any) -> None:

@@ -81,6 +81,6 @@ def test_what_the_checks_broke_is_tried_on_the_others(monkeypatch: pytest.Monkey
             keep(moved)
         return []
 
-    monkeypatch.setattr(import_module("manifold_defense.evaluation.evaluate"), "examine", examine)
+    monkeypatch.setattr(import_module("manifold_defense.evaluation.course"), "examine", examine)
     found = evaluate([a, b], [Push.of(0.05)], [FAR, far], x, y, checks=4)
     assert {tuple(score.tolist()) for score in found.worst.values()} == {(0, 0, 0, 1, 1)}

@@ -59,7 +59,7 @@ def test_an_interrupted_training_resumes_to_the_same_weights(run_folder, monkeyp
 
 
 def test_an_interrupted_evaluation_keeps_finished_jobs(run_folder, monkeypatch):
-    evaluation = importlib.import_module("manifold_defense.evaluation.evaluate")
+    evaluation = importlib.import_module("manifold_defense.evaluation.course")
     assert invoke("evaluate", "--force", *settings(*FEWER)).exit_code == 0
     expected = rows(run_folder)
     shutil.rmtree(run_folder / "evaluate")
