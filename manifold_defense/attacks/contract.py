@@ -21,8 +21,8 @@ def attack(function: _Attack) -> _Attack:
 
     That is images x (N, …) that are not finite, in float32 or float64, within its `bounds`, [0, 1] where it
     has none, labels y (N,) that are not int64 from 0, an `eps` that is no finite number from 0 (but for the
-    default of attacks that seek the nearest image) or, in L∞, more than images can differ by, a step that is
-    none, and a model that changes x in place. Images of another scale would pass for robust, a radius of
+    default of attacks that seek the nearest image) or, in L∞, more than images can differ by, a step
+    backwards, and a model that changes x in place. Images of another scale would pass for robust, a radius of
     another one for broken, and in half precision a radius is not exact.
     """
     defaults = {name: given.default for name, given in inspect.signature(function).parameters.items()}
@@ -34,9 +34,8 @@ def attack(function: _Attack) -> _Attack:
         _check(x, y, bounds)
         if given["eps"] is not None and given["eps"] != defaults["eps"]:
             _check_radius(given["eps"], bounds[1] - bounds[0] if given.get("norm") == "linf" else math.inf)
-        for name in ("step_size", "learning_rate"):
-            if given.get(name) is not None and not given[name] > 0:
-                raise ValueError(f"{name}: expected above 0, got {given[name]}")
+        if given.get("step_size") is not None and not given["step_size"] >= 0:
+            raise ValueError(f"step_size: expected at least 0, got {given['step_size']}")
         before = _version(x)
         x_adv = function(model, x, y, **settings)
         if _version(x) != before:

@@ -43,9 +43,12 @@ def cw(
     """
     if norm != "l2":
         raise ValueError(f"cw: expected norm l2, got {norm!r}")
-    if steps < 1 or searches < 1 or not initial_weight > 0:
-        given = f"{steps}, {searches}, {initial_weight}"
-        raise ValueError(f"expected steps ≥ 1, searches ≥ 1, initial_weight > 0, got {given}")
+    if steps < 1 or searches < 1:
+        raise ValueError(f"expected steps ≥ 1, searches ≥ 1, got {steps}, {searches}")
+    if not (initial_weight > 0 and learning_rate > 0):
+        raise ValueError(
+            f"expected initial_weight > 0, learning_rate > 0, got {initial_weight}, {learning_rate}"
+        )
     size = geometry(norm).size
     x = x.detach()
     best, best_size = x.clone(), x.new_full((len(x),), torch.inf)

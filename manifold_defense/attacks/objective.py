@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from manifold_defense.types import Classifier
 
@@ -41,8 +40,10 @@ def margins(logits: Tensor, y: Tensor, targeted: bool) -> Tensor:
 def attack_loss(logits: Tensor, y: Tensor, loss: str, targeted: bool) -> Tensor:
     """What the attacker raises, (N,): cross-entropy (`ce`), the margin (`margin`), or its ratio (`dlr`).
 
-    Cross-entropy vanishes in float32 where logits are large; the margin does not. The difference of
-    logits ratio `(max_{i≠y} Z_i − Z_y) / (Z_π1 − Z_π3)` does not change with their scale either
+    Cross-entropy is climbed as the log-odds `log Σ_{i≠y} exp Z_i − Z_y = log(exp(CE) − 1)`, which rise with
+    it in the same direction. Its own gradient is the probability of being wrong times theirs: rounded away
+    digit by digit where the model is sure, and in float32 zero beyond a lead of a hundred. The difference
+    of logits ratio `(max_{i≠y} Z_i − Z_y) / (Z_π1 − Z_π3)` does not change with their scale either
     (Croce & Hein 2020, eq. 6); with two classes, which have no third, it is the margin.
     """
     _check(logits, y)
@@ -52,7 +53,9 @@ def attack_loss(logits: Tensor, y: Tensor, loss: str, targeted: bool) -> Tensor:
         return margins(logits, y, targeted) / _spread(logits, 3)
     if loss != "ce":
         raise ValueError(f"loss: expected ce, margin or dlr, got {loss!r}")
-    value = F.cross_entropy(logits.float() if _is_half(logits) else logits, y, reduction="none")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    others = logits.scatter(1, y.unsqueeze(1), -torch.inf)
+    value = others.logsumexp(1) - logits.gather(1, y.unsqueeze(1)).squeeze(1)
     return -value if targeted else value
 
 
@@ -126,25 +129,11 @@ def logits_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Logits (N, K) and the gradient of the loss in x (N, C, H, W), leaving no trace on the model.
 
-    The gradient is zero where the model hides it. Of logits in float16 its length means nothing.
+    The gradient is zero where the model hides it.
     """
-
-    def raised(logits: Tensor) -> Tensor:
-        return attack_loss(logits, y, loss, targeted) if isinstance(loss, str) else loss(logits)
-
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
         logits = model(x)
-        if _is_half(logits):
-            # Of a sure model what goes back into its logits would be nothing in so few digits.
-            wide = logits.detach().double().requires_grad_(True)
-            weight = input_gradient(raised(wide), wide)
-            weight = weight / weight.abs().amax(1, keepdim=True).clamp(min=1e-300)
-            gradient = input_gradient(logits * weight.to(logits), x)
-        else:
-            gradient = input_gradient(raised(logits), x)
+        value = attack_loss(logits, y, loss, targeted) if isinstance(loss, str) else loss(logits)
+        gradient = input_gradient(value, x)
     return logits.detach(), gradient
-
-
-def _is_half(logits: Tensor) -> bool:
-    return isinstance(logits, Tensor) and logits.dtype == torch.float16

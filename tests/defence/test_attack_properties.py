@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_defense.attacks import deepfool, fab, fmn, pgd
-from manifold_defense.attacks.objective import attack_loss, fooled, logits_and_gradient
+from manifold_defense.attacks.objective import attack_loss, fooled
 from tests.defence.attack_table import (
     ATTACKS,
     SEEDED,
@@ -222,20 +222,25 @@ def test_an_infinite_radius_is_for_those_that_seek_the_nearest_image() -> None:
 _ASK_OF_OTHERS = ("detector", "fgsm-random", "sparse-rs", "stroke-search")
 
 
-def test_of_a_sure_model_in_float16_the_gradient_is_not_lost() -> None:
-    """Beyond a lead of seventeen a softmax is nothing in so few digits."""
-    model, x, y = problem(3)
-    lead = logits_of(model, x).topk(2).values.diff().abs()[:, 0]
-    x = x[lead > 0.3 * lead.max()]
-    y = logits_of(model, x).argmax(1)
-
-    def sure(x: Tensor) -> Tensor:
-        logits: Tensor = 80 / lead.max() * model(x)
-        return logits
-
-    expected = logits_and_gradient(sure, x, y, "ce", False)[1].flatten(1)
-    found = logits_and_gradient(lambda x: sure(x).half(), x, y, "ce", False)[1].flatten(1)
-    assert torch.cosine_similarity(found, expected).min() > 0.99
+@pytest.mark.parametrize("size", [1.0, 30.0, 3000.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("targeted", [False, True])
+def test_however_sure_a_model_is_cross_entropy_is_climbed(
+    size: float, dtype: torch.dtype, targeted: bool
+) -> None:
+    """Its own gradient, the same but for its length, is lost digit by digit, and then altogether."""
+    logits = size * torch.rand(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits, y = logits.to(dtype).requires_grad_(True), logits.argmax(1)
+    (found,) = torch.autograd.grad(attack_loss(logits, y, "ce", targeted).sum(), logits)
+    own = nn.functional.one_hot(y, 4)
+    expected = logits.double().masked_fill(own > 0, -torch.inf).softmax(1) - own
+    expected = (-expected if targeted else expected).detach()
+    rounding = 1e-3 if dtype == torch.float16 else 1e-5
+    torch.testing.assert_close(found.double(), expected, atol=rounding, rtol=0)
+    if size == 1.0:
+        entropy = nn.functional.cross_entropy(logits.double(), y, reduction="none")
+        (true,) = torch.autograd.grad((-entropy if targeted else entropy).sum(), logits)
+        assert torch.cosine_similarity(true.double(), expected).min() > 0.999
 
 
 @pytest.mark.parametrize("name", [name for name in ATTACKS if not name.startswith(_ASK_OF_OTHERS)])

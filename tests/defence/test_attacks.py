@@ -31,12 +31,11 @@ def test_an_unknown_norm_is_refused(attack: Any) -> None:
         (pgd, {"eps": -0.1}, "^eps: expected at least 0"),
         (pgd, {"eps": float("nan")}, "^eps: expected at least 0"),
         (pgd, {"steps": 0}, "steps ≥ 1"),
-        (pgd, {"step_size": 0.0}, "^step_size: expected above 0, got 0"),
-        (pgd, {"step_size": -0.1}, "^step_size: expected above 0, got -0.1"),
+        (pgd, {"step_size": -0.1}, "^step_size: expected at least 0, got -0.1"),
         (cw, {"steps": 0}, "steps ≥ 1"),
         (cw, {"searches": 0}, "searches ≥ 1"),
         (cw, {"initial_weight": 0.0}, "initial_weight > 0"),
-        (cw, {"learning_rate": 0.0}, "^learning_rate: expected above 0, got 0"),
+        (cw, {"learning_rate": 0.0}, "learning_rate > 0"),
         (noise, {"draws": 0}, "draws ≥ 1"),
         (pgd, {"restarts": 0}, "restarts ≥ 1"),
         (pgd, {"loss": "mse"}, "loss: expected ce, margin or dlr"),
@@ -201,16 +200,15 @@ def test_carlini_wagner_leaves_black_and_white_pixels() -> None:
 
 
 @pytest.mark.parametrize("scale", [1000.0, 0.001])
-def test_scaled_logits_do_not_weaken_the_margin_loss(scale: float) -> None:
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+def test_scaled_logits_do_not_weaken_an_attack(scale: float, loss: str) -> None:
+    """The trap: cross-entropy itself underflows at a thousand, and its gradient with it."""
     x, y = GREY, torch.ones(3, dtype=torch.long)
     for norm, eps in (("linf", 0.2), ("l2", 1.0)):
-        plain = pgd(Linear(5.0), x, y, norm=norm, eps=eps, loss="margin")
-        scaled = pgd(Linear(5.0, scale), x, y, norm=norm, eps=eps, loss="margin")
+        plain = pgd(Linear(5.0), x, y, norm=norm, eps=eps, loss=loss)
+        scaled = pgd(Linear(5.0, scale), x, y, norm=norm, eps=eps, loss=loss)
         torch.testing.assert_close(plain, scaled)
         assert fooled(Linear(5.0)(plain), y, False).all()
-    # The trap: cross-entropy underflows, and the gradient with it.
-    masked = pgd(Linear(5.0, 1000.0), x, y, eps=0.2, loss="ce")
-    assert not fooled(Linear(5.0)(masked), y, False).any()
 
 
 def test_the_best_iterate_is_kept_not_the_last() -> None:
