@@ -153,6 +153,7 @@ def main(
         config = configs[name]
         last = config.restarts if config.chooses else 0  # the losses of where each ended
         passes = 2 * float(result.steps.float().mean()) + last + 1  # and the image
+        flops_per_second = passes * flops * len(x) / medians[name]
         measured[name] = {
             "images_per_second": len(x) / medians[name],
             "ratio_to_reference": medians["reference"] / medians[name],
@@ -164,11 +165,7 @@ def main(
             "attacked_p95_error": float(attacked_result.error.quantile(0.95)),
             "attacked_unaware_accuracy": float(hits(model, attacked_result.image, y[:attacked]).mean()),
             "stationarity": float(stationarity(generator, x[:100], result.z[:100], config).median()),
-            "gemm_share": passes
-            * flops
-            * len(x)
-            / medians[name]
-            / peaks.get(config.precision, peaks["full"]),
+            "gemm_share": flops_per_second / peaks.get(config.precision, peaks["full"]),
         }
     presets = {name: measured[first] for name, first in same.items()}
     beside = {name: paired(right["reference"], right[first])._asdict() for name, first in same.items()}

@@ -363,9 +363,9 @@ def examine(
     attacks find within it: passing them under one threat says nothing of another.
 
     `left` are images, labels and scores of those that an evaluation could not break, or some of them, and
-    `left_share` the robust accuracy that it states; without, those are taken that PGD
-    leaves. Where `threat` is no L∞ or L2 ball, L∞ 0.1 stands in for it, but for what is `left`: whether a
-    longer attack breaks that is asked of every threat. `keep` is given what that attack makes of them,
+    `left_share` the robust accuracy that it states; without, those are taken that PGD leaves.
+    Where `threat` is no L∞ or L2 ball, L∞ 0.1 stands in for it, but for what is `left`: whether a longer
+    attack breaks that is asked of every threat. `keep` is given what that attack makes of them,
     (M, C, H, W), the clean images where it broke none. `unused` is a copy of the deployed model from
     before it was asked anything; without, nobody looks whether it remembers, and one that is the model
     itself says that it could not be copied.

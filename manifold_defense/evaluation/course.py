@@ -79,7 +79,7 @@ class Course:
     ) -> list[Check]:
         """What checks say of `size` images that are right, and of as many that are left.
 
-        What they break is broken.         `unused` is a copy of the model that has been asked nothing yet.
+        What they break is broken. `unused` is a copy of the model that has been asked nothing yet.
         """
         clean = self.ledger.clean[defence.name]
         score = self.ledger.worst.get((defence.name, threat), clean).clone()

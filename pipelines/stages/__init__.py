@@ -61,7 +61,7 @@ _ALL = (
     ),
     Stage(
         "project",
-        1,
+        2,
         "projection of test images, quality of the generator",
         ("seed", "data", "projection", "project"),
         lambda config: ("train-encoder", "train-classifier"),
@@ -77,7 +77,7 @@ _ALL = (
     ),
     Stage(
         "evaluate",
-        22,
+        23,
         "every attack on every defence, worst per image",
         ("seed", "data", "projection", "harden", "evaluate"),
         lambda config: ("train-encoder", "train-classifier", "harden") if _of_the_run(config) else (),
@@ -86,7 +86,7 @@ _ALL = (
     ),
     Stage(
         "certify",
-        2,
+        3,
         "proofs, and attacks on them",
         ("seed", "data", "projection", "harden", "certify"),
         lambda config: ("train-encoder", "train-classifier", "harden"),
