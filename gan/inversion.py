@@ -26,16 +26,16 @@ Disturb = Callable[[Errors, Tensor, int, float, torch.Generator], Tensor]
 
 
 class Meaning(Protocol):
-    """What drawings of images x' (N, C, H, W each) mean beside what the images x are, (N,)."""
+    """Compares a classifier's answers to disturbed images and their drawings with that to the clean ones."""
 
     def apart(self, images: Tensor, drawings: Tensor) -> Tensor:
-        """How far off it is: this training makes small."""
+        """Distance of the answers, (N,), for images x' and drawings (N, C, H, W): training lowers it."""
 
     def lead(self, images: Tensor, drawings: Tensor) -> Tensor:
-        """That of another meaning over theirs: this an attack climbs."""
+        """By how much another class leads that of the clean answer, (N,): an attack raises it."""
 
 
-# Images (N, C, H, W) to what their drawings mean beside them.
+# Clean images (N, C, H, W) to the comparison with what is answered to them.
 Agree = Callable[[Tensor], Meaning]
 
 

@@ -243,10 +243,9 @@ def filter_command(
     says that the generator cannot draw it, a small one is no sign that it was not attacked. A single
     image goes to the file OUTPUT, or into it if it is a folder or ends in a slash.
     """
-    from rich.progress import Progress
-
     from manifold_defense.artifact import load_filter
     from manifold_defense.projection import PRESETS
+    from pipelines.progress import progress_bar
     from pipelines.purify import purify
     from pipelines.stage import RUNS
 
@@ -268,19 +267,11 @@ def filter_command(
     if source.is_file() and target.endswith(("/", os.sep)):
         _make_folder(Path(target))
     console = _console()
-    columns = Progress.get_default_columns()
     with (
         reported("interrupted; --force begins again"),
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+        progress_bar("filter", 0, "img", console, shown=console.is_terminal) as advance,
     ):
-        task = bar.add_task("filter", total=None)
-        result = purify(
-            loaded,
-            source,
-            Path(target),
-            force=force,
-            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+        result = purify(loaded, source, Path(target), force=force, on_progress=advance)
     shown = f", error {result.error:.4f}" if result.written else ""
     line = f"{result.written} written to {result.target}{shown}"
     console.print(line, highlight=False, soft_wrap=True, markup=False)  # brackets are part of a name

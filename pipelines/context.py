@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from lightning_fabric import Fabric
@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from gan.optimisation import Record
 from gan.sampling import batch_indices, step_rng
 from pipelines.config import Config, FabricConfig
 from pipelines.data import Dataset, ImageData, augment, in_one_line, load_data, subset, to_float
@@ -31,15 +32,6 @@ SAVES, SCALARS = 20, 200
 
 class InterruptionError(Exception):
     """Ctrl-C, after the state has been saved."""
-
-
-class Record(Protocol):
-    """What every training loop yields after a step."""
-
-    @property
-    def images(self) -> int: ...
-    @property
-    def metrics(self) -> Mapping[str, Tensor]: ...
 
 
 def make_fabric(config: FabricConfig) -> Fabric:

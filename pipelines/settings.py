@@ -202,7 +202,9 @@ def _explain(problem: Any) -> str:
     kinds = [kind.name for kind in OBJECTIVES]
     loc = problem["loc"]
     key = ".".join(
-        str(part) for i, part in enumerate(loc) if not (loc[i - 1] == "objective" and i and part in kinds)
+        str(part)
+        for before, part in zip(("", *loc), loc, strict=False)
+        if before != "objective" or part not in kinds
     )
     if problem["type"] == "unexpected_keyword_argument":
         plain = ".".join(part for part in key.split(".") if not part.isdigit())

@@ -197,12 +197,10 @@ class AttackConfig:
                has settled, as soon as two in a row break none. A defence whose `draws` are more than one
                meets one round alone, since of many tries the lowest share of its draws would count; it has
                not settled then
-    views      in which a filter is attacked: through a gradient of its own (see `ManifoldFilter`;
-               those that it does not have are passed over, unless it has none of those named: then all
-               that it has count), or not at all (unaware: the bare classifier is attacked). None
-               named: all. A bare classifier has but its
-               own gradient, and meets the attack once whatever stands here, as does every defence
-               an attack without gradients.
+    views      the gradients through which a filter is attacked (see `ManifoldFilter`); `unaware` attacks the
+               bare classifier. None named: all that it has. Those that it lacks are passed over; if it
+               has none of those named, all are used. A defence with a single view meets the attack once,
+               as does every defence an attack without gradients
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by pipelines.settings

@@ -19,7 +19,7 @@ from manifold_defense.attacks.objective import input_gradient
 from manifold_defense.attacks.window import draw_pieces, draw_windows, squares
 from manifold_defense.types import Norm, Threat
 
-# Images (N, C, H, W) to `‖G(E(x')) − x‖²` of each, (N,).
+# Images (N, C, H, W) to what an attack raises, (N,): the squared error of drawings, or a class's lead.
 Errors = Callable[[Tensor], Tensor]
 # Images that share a draw of a corruption.
 _TOGETHER = 8
@@ -30,7 +30,7 @@ class Disturbance:
     """Images within threats, one threat a batch, by turns.
 
     kind      none: the images as they are; noise: drawn within the threat; adversarial: from there up
-              the reconstruction error, as PGD climbs a loss (Madry et al. 2018)
+              the squared error of the drawing or the lead of another class, as PGD (Madry et al. 2018)
     threats   by turns; one that is named twice has two of them
     steps     gradients that are climbed; corruptions have none
     windows   under L2 and L1 the climb begins, as `window_pgd` does, at the worst of so many rectangles that
