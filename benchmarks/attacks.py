@@ -10,7 +10,8 @@ the JSON, those of the other below `standard`. A peer that is not installed is l
     pip install foolbox adversarial-robustness-toolbox pyautoattack && pip install --no-deps torchattacks
 
     pgd40     PGD of 40 gradient passes at L∞ 0.15, steps of 2.5 eps / 40 (ours: from eps falling to 0)
-    apgd40    APGD of 40 passes on cross-entropy; apgd40_dlr: on the logits' ratio
+    apgd40    APGD of 40 passes on cross-entropy; apgd40_dlr: on the logits' ratio; apgd40_classes: ten
+              towards each of four classes; ours_mixed: ten on cross-entropy and towards each of three
     ddn100    DDN and FMN of 100 passes: median L2 distance over all images
     fab900    FAB towards nine classes, 100 passes each, at L∞ 0.15 (torchattacks' port)
     cw300     C&W of 300 passes, searches on the constant included: likewise
@@ -60,7 +61,7 @@ from manifold_defense.attacks.objective import correct
 from manifold_defense.attacks.square import square
 from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.evaluation.adapters import art_classifier, autoattack, foolbox_model
-from manifold_defense.types import Attack, Norm
+from manifold_defense.types import Attack, Classifier, Norm
 from pipelines.context import Context, Workshop
 from pipelines.data import subset, to_float
 from pipelines.settings import load_config
@@ -182,6 +183,26 @@ def apgd40(peers: dict[str, ModuleType], loss: str) -> Contenders:
         name = {"ce": "cross_entropy", "dlr": "difference_logits_ratio"}[loss]
         contenders["art"] = lambda _: of_art(
             art, eps=EPS, eps_step=2 * EPS, max_iter=40, nb_random_init=1, loss_type=name
+        )
+    return contenders
+
+
+def apgd40_classes(peers: dict[str, ModuleType]) -> Contenders:
+    def mixed(model: Classifier, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
+        x_adv = apgd(model, x, y, eps=EPS, steps=10, seed=seed)
+        with torch.no_grad():
+            left = correct(model(x_adv), y)
+        x_adv[left] = apgd(model, x[left], y[left], eps=EPS, steps=10, target_classes=3, seed=seed)
+        return x_adv
+
+    contenders: Contenders = {
+        "ours": lambda seed: partial(apgd, eps=EPS, steps=10, target_classes=4, seed=seed),
+        "ours_mixed": lambda seed: partial(mixed, seed=seed),
+    }
+    if "torchattacks" in peers:
+        kind = peers["torchattacks"].APGDT  # takes one gradient more than it is told, and one class less
+        contenders["torchattacks"] = lambda seed: of_torchattacks(
+            kind, eps=EPS, steps=9, n_classes=5, seed=seed
         )
     return contenders
 
@@ -357,6 +378,7 @@ def main(images: int, seed: int, repeats: int, output: Path | None) -> None:
         "pgd40": (pgd40(peers), False),
         "apgd40": (apgd40(peers, "ce"), False),
         "apgd40_dlr": (apgd40(peers, "dlr"), False),
+        "apgd40_classes": (apgd40_classes(peers), False),
         "ddn100": (ddn100(peers), True),
         "fab900": (fab900(peers), False),
         "cw300": (cw300(peers), True),
