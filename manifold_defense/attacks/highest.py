@@ -34,6 +34,6 @@ class Highest:
         margin = margins(logits, self._labels[rows], self._targeted)
         better = margin > self.margin[rows]
         chosen = rows[better]
-        self.image[chosen], self.margin[chosen] = at[better], margin[better]
+        self.image[chosen], self.margin[chosen] = at[better], margin[better].to(self.margin.dtype)
         self._found[rows] |= clearly(margin, logits) & self._stop_early
         return margin
