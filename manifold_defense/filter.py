@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
-from manifold_defense.modes import as_deployed, uncompiled
+from manifold_defense.modes import as_deployed, uncompiled, writes
 from manifold_defense.projection import (
     PRESETS,
     Bank,
@@ -187,7 +187,7 @@ class ManifoldFilter(nn.Module):
         c = self.config
         key = (x.device, x.dtype, c.uses_metric and c.metric, c.uses_bank and (c.bank, c.seed))
         tensors = (*self.generator.parameters(), *self.generator.buffers())
-        weights = [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        weights = [(id(tensor), writes(tensor)) for tensor in tensors]
         # One of `DataParallel` has no parameters to know its weights by.
         kept = {} if getattr(self.generator, "_is_replica", False) else self._made
         if key not in kept or kept[key][0] != weights:

@@ -1,4 +1,4 @@
-"""The mode and the precision that a module is asked in."""
+"""The mode and the precision that a module is asked in, and whether it writes to what it is given."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial, wraps
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -71,6 +71,11 @@ def uncompiled(function: _Function) -> _Function:
         return function(*given, **named)
 
     return cast(_Function, called)
+
+
+def writes(tensor: Tensor) -> int:
+    """How often a tensor was written to in place; of one made in inference mode nobody counts."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def reported(interrupted: str = "interrupted") -> Iterator[None]:
         if code is None:
             if _cannot_compile(error):
                 why = str(error).split("\n\n")[0]  # after which it is advice to developers
-                fail(f"projection.compiled: {why}; expected false without a compiler", 1)
+                fail(f"torch.compile: {why}; projection.compiled=false does without", 1)
             raise
         fail(str(error) or interrupted, code)
 

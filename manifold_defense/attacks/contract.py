@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from manifold_defense.modes import writes
 from manifold_defense.types import Classifier
 
 _Attack = TypeVar("_Attack", bound=Callable[..., Tensor])
@@ -36,18 +37,13 @@ def attack(function: _Attack) -> _Attack:
             _check_radius(given["eps"], bounds[1] - bounds[0] if given.get("norm") == "linf" else math.inf)
         if given.get("step_size") is not None and not given["step_size"] >= 0:
             raise ValueError(f"step_size: expected at least 0, got {given['step_size']}")
-        before = _version(x)
+        before = writes(x)
         x_adv = function(model, x, y, **settings)
-        if _version(x) != before:
+        if writes(x) != before:
             raise ValueError("model: expected one that leaves its images alone, it changed them in place")
         return x_adv
 
     return cast(_Attack, checked)
-
-
-def _version(x: Tensor) -> int:
-    """How often x was changed in place; of inference tensors nobody counts."""
-    return 0 if x.is_inference() else x._version
 
 
 def _check(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> None:

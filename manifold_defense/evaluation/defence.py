@@ -10,6 +10,7 @@ from torch import Tensor
 
 from manifold_defense.evaluation.baselines import Preprocessed
 from manifold_defense.filter import DefendedClassifier
+from manifold_defense.modes import writes
 from manifold_defense.rejection import RejectingClassifier
 from manifold_defense.types import Classifier, Threat
 
@@ -83,9 +84,9 @@ class Defence:
 
     def asked(self, model: Classifier, x: Tensor) -> Tensor:
         """`model(x)` for one of its models; ModelError if that changes the images (N, C, H, W) in place."""
-        version = _version(x)
+        before = writes(x)
         logits = model(x)
-        if _version(x) != version:
+        if writes(x) != before:
             raise ModelError(
                 f"{self.name}: expected a model that leaves its images alone, it changed them in place"
             )
@@ -127,8 +128,3 @@ class Defence:
         """A classifier behind another preprocessing step, in every view of it."""
         views: dict[str, Classifier] = {view: model.view(view) for view in ORDER if view in model.views()}
         return cls(name, model, {"unaware": model.classifier, **views}, trained)
-
-
-def _version(x: Tensor) -> int:
-    """How often a tensor was written to; of one made in inference mode nobody knows."""
-    return 0 if x.is_inference() else x._version

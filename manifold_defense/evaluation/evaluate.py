@@ -228,11 +228,10 @@ def _ask(defence: Defence, x: Tensor, y: Tensor) -> None:
     if defence.predict is not None:
         with evaluation_mode(defence.model), seeded(defence.model, 0):
             labels = defence.predict(given)
-        if labels.dtype != torch.int64 or labels.shape != given.shape[:1]:
-            raise ModelError(
-                f"{defence.name}: predict: expected {len(given)} labels of int64, "
-                f"got {labels.dtype} of shape {tuple(labels.shape)}"
-            )
+        fits = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == given.shape[:1]
+        if not fits:
+            got = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else labels
+            raise ModelError(f"{defence.name}: predict: expected {len(given)} labels of int64, got {got}")
     if not torch.equal(logits, answers(defence.model)):
         return  # it draws in a way of its own: nothing can be compared
     for view, model in defence.attacked.items():
@@ -256,7 +255,10 @@ def _same_answers(a: Tensor, b: Tensor) -> bool:
 
 
 def _copied(model: Classifier) -> Classifier:
-    """The model as it is now, with what functions within it close over; itself if it cannot be copied."""
+    """The model as it is now; itself if it cannot be copied.
+
+    With what functions within it close over, and the modules that they know by name.
+    """
     try:
         functions = _closures(model)
         # `deepcopy` takes a function for a constant, unless it is told what has become of it.
