@@ -10,8 +10,9 @@ the JSON, those of the other below `standard`. A peer that is not installed is l
     pip install foolbox adversarial-robustness-toolbox pyautoattack && pip install --no-deps torchattacks
 
     pgd40     PGD of 40 gradient passes at L∞ 0.15, steps of 2.5 eps / 40 (ours: from eps falling to 0)
-    apgd40    APGD of 40 passes on cross-entropy; apgd40_dlr: on the logits' ratio; apgd40_classes: ten
-              towards each of four classes; ours_mixed: ten on cross-entropy and towards each of three
+    apgd40    APGD of 40 passes on cross-entropy; apgd40_dlr: on the logits' ratio
+    classes40 ten passes of APGD-T towards each of four classes; ours_pgd: of PGD; ours_divided: eight
+              of PGD on cross-entropy, then towards each of four
     ddn100    DDN and FMN of 100 passes: median L2 distance over all images
     fab900    FAB towards nine classes, 100 passes each, at L∞ 0.15 (torchattacks' port)
     cw300     C&W of 300 passes, searches on the constant included: likewise
@@ -61,7 +62,7 @@ from manifold_defense.attacks.objective import correct
 from manifold_defense.attacks.square import square
 from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.evaluation.adapters import art_classifier, autoattack, foolbox_model
-from manifold_defense.types import Attack, Classifier, Norm
+from manifold_defense.types import Attack, Norm
 from pipelines.context import Context, Workshop
 from pipelines.data import subset, to_float
 from pipelines.settings import load_config
@@ -187,17 +188,15 @@ def apgd40(peers: dict[str, ModuleType], loss: str) -> Contenders:
     return contenders
 
 
-def apgd40_classes(peers: dict[str, ModuleType]) -> Contenders:
-    def mixed(model: Classifier, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
-        x_adv = apgd(model, x, y, eps=EPS, steps=10, seed=seed)
-        with torch.no_grad():
-            left = correct(model(x_adv), y)
-        x_adv[left] = apgd(model, x[left], y[left], eps=EPS, steps=10, target_classes=3, seed=seed)
-        return x_adv
+def classes40(peers: dict[str, ModuleType]) -> Contenders:
+    def divided(seed: int) -> Attack:
+        of_eight = partial(pgd, eps=EPS, steps=8, seed=seed)
+        return one_after_another([of_eight, partial(of_eight, target_classes=4)])
 
     contenders: Contenders = {
         "ours": lambda seed: partial(apgd, eps=EPS, steps=10, target_classes=4, seed=seed),
-        "ours_mixed": lambda seed: partial(mixed, seed=seed),
+        "ours_pgd": lambda seed: partial(pgd, eps=EPS, steps=10, target_classes=4, seed=seed),
+        "ours_divided": divided,
     }
     if "torchattacks" in peers:
         kind = peers["torchattacks"].APGDT  # takes one gradient more than it is told, and one class less
@@ -366,8 +365,9 @@ def versions(peers: dict[str, ModuleType]) -> dict[str, str]:
 @click.option("--images", default=256, type=click.IntRange(min=2, max=500))
 @click.option("--seed", default=0, type=click.IntRange(min=0))
 @click.option("--repeats", default=3, type=click.IntRange(min=1))
+@click.option("--family", "chosen", multiple=True, help="One of the above; may be repeated (default: all).")
 @json_option
-def main(images: int, seed: int, repeats: int, output: Path | None) -> None:
+def main(images: int, seed: int, repeats: int, chosen: tuple[str, ...], output: Path | None) -> None:
     torch.set_num_threads(1)
     peers = installed()
     config = load_config(None, [f"seed={seed}"])
@@ -378,12 +378,15 @@ def main(images: int, seed: int, repeats: int, output: Path | None) -> None:
         "pgd40": (pgd40(peers), False),
         "apgd40": (apgd40(peers, "ce"), False),
         "apgd40_dlr": (apgd40(peers, "dlr"), False),
-        "apgd40_classes": (apgd40_classes(peers), False),
+        "classes40": (classes40(peers), False),
         "ddn100": (ddn100(peers), True),
         "fab900": (fab900(peers), False),
         "cw300": (cw300(peers), True),
         "suite": (suite(peers), False),
     }
+    for name in chosen:
+        if name not in families:
+            raise click.BadParameter(f"expected one of {', '.join(families)}, got {name!r}")
     facts: dict[str, Any] = {
         "images": images,
         "seed": seed,
@@ -397,7 +400,8 @@ def main(images: int, seed: int, repeats: int, output: Path | None) -> None:
         click.echo(f"{label}: clean accuracy {clean:.1%}")
         below = facts if label == "hardened" else facts.setdefault(label, {})
         below["clean_accuracy"] = clean
-        for family, (contenders, minimum) in families.items():
+        for family in chosen or families:
+            contenders, minimum = families[family]
             # The suite takes as long as all else together; once will do.
             times = 1 if family == "suite" else repeats
             below[family] = compare(contenders, model, x, y, seed, times, minimum)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,10 +13,9 @@ from manifold_defense.attacks.highest import Highest
 from manifold_defense.attacks.norms import Geometry, column, geometry
 from manifold_defense.attacks.objective import (
     Objective,
-    attack_loss,
-    likely_wrong,
+    goals,
     logits_and_gradient,
-    towards,
+    objective,
 )
 from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
@@ -54,8 +52,6 @@ def apgd(
     """
     if steps < 1 or restarts < 1:
         raise ValueError(f"expected steps ≥ 1, restarts ≥ 1, got {steps}, {restarts}")
-    if target_classes and targeted:
-        raise ValueError("target_classes: expected 0 for an attack that is targeted already")
     shape = geometry(norm)
     rng = torch.Generator().manual_seed(seed)
     climb = _Climb(model, shape, eps, steps, loss, targeted)
@@ -64,11 +60,11 @@ def apgd(
         with torch.no_grad():
             logits = model(x)
         best = Highest(x, y, logits, targeted=targeted, stop_early=stop_early)
-        runs: Sequence[Tensor | None] = likely_wrong(logits, y, target_classes) or [None]
+        runs = goals(logits, y, target_classes, targeted)
         for _ in range(restarts):
-            for target in runs:
+            for goal in runs:
                 start = x + shape.sample(x, eps, rng) if random_start else x
-                climb.run(best, x, y, shape.place(x, start, eps, _BOX), target)
+                climb.run(best, x, y, shape.place(x, start, eps, _BOX), goal)
     return best.image
 
 
@@ -106,7 +102,7 @@ class _Climb(NamedTuple):
     loss: str
     targeted: bool
 
-    def run(self, best: Highest, x: Tensor, y: Tensor, start: Tensor, target: Tensor | None) -> None:
+    def run(self, best: Highest, x: Tensor, y: Tensor, start: Tensor, goal: Tensor | None) -> None:
         """Climb from images (N, C, H, W), towards classes (N,) if given, what `best` still seeks."""
         checkpoints, since, rows = _checkpoints(self.steps), 0, best.sought()
         at, none = start[rows], x.new_zeros(len(rows))
@@ -115,8 +111,8 @@ class _Climb(NamedTuple):
         for step in range(self.steps + 1):
             if len(rows) == 0:
                 break
-            goal = None if target is None else target[rows]
-            logits, value, gradient = self._look(state.at, y[rows], goal, last=step == self.steps)
+            climbed = objective(y[rows], self.loss, self.targeted, None if goal is None else goal[rows])
+            logits, value, gradient = self._look(state.at, y[rows], climbed, last=step == self.steps)
             best.keep(rows, state.at, logits)
             if step == self.steps:
                 break
@@ -154,21 +150,15 @@ class _Climb(NamedTuple):
         return _State(after, at, peak, slope, highest, value, size, rises, kept, seen)
 
     def _look(
-        self, at: Tensor, y: Tensor, target: Tensor | None, *, last: bool
+        self, at: Tensor, y: Tensor, climbed: Objective, *, last: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (M, K) at the images, what is climbed (M,), and its gradient (not at the last step)."""
-        objective = self._objective(y, target)
         if last:
             with torch.no_grad():
                 logits = self.model(at)
             gradient = torch.zeros_like(at)
         else:
-            logits, gradient = logits_and_gradient(self.model, at, y, objective, self.targeted)
+            logits, gradient = logits_and_gradient(self.model, at, y, climbed, self.targeted)
         # A loss that is not a number is none.
-        value = objective(logits).to(at.dtype).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        value = climbed(logits).to(at.dtype).nan_to_num(-torch.inf, torch.inf, -torch.inf)
         return logits, value, gradient.nan_to_num(0, 0, 0)
-
-    def _objective(self, y: Tensor, target: Tensor | None) -> Objective:
-        if target is not None:
-            return lambda logits: towards(logits, y, target)
-        return lambda logits: attack_loss(logits, y, self.loss, self.targeted)

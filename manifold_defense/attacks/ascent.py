@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from manifold_defense.attacks.highest import Highest
 from manifold_defense.attacks.norms import geometry
-from manifold_defense.attacks.objective import logits_and_gradient
+from manifold_defense.attacks.objective import goals, logits_and_gradient, objective
 from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
@@ -19,7 +20,8 @@ class Climb(NamedTuple):
     """How long is climbed, what, and when it ends.
 
     The loss `both` is `ce` and `margin` by turns, a restart each. With `stop_early` an image leaves the batch
-    once it clearly fools the model.
+    once it clearly fools the model. With `target_classes` a restart is a run towards each of so many of the
+    wrong classes that are most likely at x, on the targeted ratio of logits instead of the loss.
     """
 
     steps: int
@@ -27,6 +29,7 @@ class Climb(NamedTuple):
     loss: str
     targeted: bool
     stop_early: bool
+    target_classes: int = 0
 
 
 def ascend(
@@ -43,15 +46,17 @@ def ascend(
     `move(clean, at, gradient, left)` the next ones of those that are still climbing, inside the threat;
     `left` falls linearly from 1 to 0 over the steps.
     """
-    steps, restarts, loss, targeted, stop_early = climb
+    steps, restarts, loss, targeted, stop_early, target_classes = climb
     if steps < 1 or restarts < 1:
         raise ValueError(f"expected steps ≥ 1, restarts ≥ 1, got {steps}, {restarts}")
-    climbed = ("ce", "margin") if loss == "both" else (loss,)
+    losses = ("ce", "margin") if loss == "both" else (loss,)
     x = x.detach()
     with evaluation_mode(model):
         with torch.no_grad():
-            best = Highest(x, y, model(x), targeted=targeted, stop_early=stop_early)
-        for restart in range(restarts):
+            clean = model(x)
+        best = Highest(x, y, clean, targeted=targeted, stop_early=stop_early)
+        runs = goals(clean, y, target_classes, targeted)
+        for restart, goal in product(range(restarts), runs):
             active = best.sought()
             if len(active) == 0:
                 break
@@ -62,8 +67,9 @@ def ascend(
                     break
                 at = current[active]
                 if step < steps:
-                    value = climbed[restart % len(climbed)]
-                    logits, gradient = logits_and_gradient(model, at, y[active], value, targeted)
+                    loss = losses[restart % len(losses)]
+                    climbed = objective(y[active], loss, targeted, None if goal is None else goal[active])
+                    logits, gradient = logits_and_gradient(model, at, y[active], climbed, targeted)
                     # Where the gradient is not finite there is no direction; the next restart may differ.
                     up = gradient.nan_to_num(0, 0, 0)
                     current[active] = move(x[active], at, up, 1 - step / steps)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from manifold_defense.attacks.contract import attack
 from manifold_defense.attacks.halfspace import nearest_in_halfspace
 from manifold_defense.attacks.minimum_norm import Nearest, clearance, refine
 from manifold_defense.attacks.norms import column, geometry, sizes
-from manifold_defense.attacks.objective import input_gradient, likely_wrong, margins
+from manifold_defense.attacks.objective import goals, input_gradient, margins
 from manifold_defense.modes import evaluation_mode
 from manifold_defense.types import Classifier, Norm
 
@@ -56,18 +54,16 @@ def fab(
     shape = geometry(norm)
     if steps < 1 or restarts < 1:
         raise ValueError(f"expected steps ≥ 1, restarts ≥ 1, got {steps}, {restarts}")
-    if target_classes and targeted:
-        raise ValueError("target_classes: expected 0 for an attack that is targeted already")
     rng = torch.Generator().manual_seed(seed)
     x = x.detach()
 
     with evaluation_mode(model):
         nearest = Nearest(model, x, y, norm=norm, eps=eps, targeted=targeted, stop_early=stop_early)
         with torch.no_grad():
-            goals: Sequence[Tensor | None] = likely_wrong(model(x), y, target_classes) or [None]
+            runs = goals(model(x), y, target_classes, targeted)
         for restart in range(restarts):
             start = _around(nearest, shape.sample(x, 1.0, rng)) if restart else x
-            for goal in goals:
+            for goal in runs:
                 _run(model, nearest, start, goal, steps)
         refine(model, nearest, int(_REFINED * steps))
     return nearest.within()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -72,6 +72,20 @@ def _check(logits: Tensor, y: Tensor) -> None:
         raise ValueError(
             f"labels: expected below {logits.shape[1]}, the classes of the model, got {int(y.max())}"
         )
+
+
+def goals(logits: Tensor, y: Tensor, target_classes: int, targeted: bool) -> Sequence[Tensor | None]:
+    """Where the runs of a restart lead: to each of so many likely wrong classes (N,), or if 0 to any."""
+    if target_classes and targeted:
+        raise ValueError("target_classes: expected 0 for an attack that is targeted already")
+    return likely_wrong(logits, y, target_classes) or [None]
+
+
+def objective(y: Tensor, loss: str, targeted: bool, goal: Tensor | None) -> Objective:
+    """What a run raises for labels y (N,): `attack_loss`, or the way to the classes `goal` (N,)."""
+    if goal is None:
+        return lambda logits: attack_loss(logits, y, loss, targeted)
+    return lambda logits: towards(logits, y, goal)
 
 
 def towards(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:

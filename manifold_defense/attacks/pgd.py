@@ -26,6 +26,7 @@ def pgd(
     restarts: int = 1,
     random_start: bool = True,
     loss: str = "ce",
+    target_classes: int = 0,
     targeted: bool = False,
     stop_early: bool = True,
     bounds: tuple[float, float] = (0.0, 1.0),
@@ -35,7 +36,9 @@ def pgd(
 
     Returns, of all iterates and the clean image, the one with the highest margin `max_{i≠y} Z_i − Z_y`;
     always inside the ball and `bounds`. `loss` is what the steps climb: `ce`, `margin`, `dlr`, or `both`,
-    which alternates the first two between restarts. `step_size` is that of the first step, in pixels,
+    which alternates the first two between restarts. With `target_classes` every restart is one for each of so
+    many of the wrong classes that are most likely at x, on the targeted ratio of logits instead
+    (MultiTargeted, Gowal et al. 2019, on APGD-T's loss). `step_size` is that of the first step, in pixels,
     and falls linearly to zero; by default eps: shorter first steps stop at the first flat place, and
     behind a filter leave up to twice as many images (docs/results/attacks.md). With `stop_early` an image
     leaves the batch once it clearly fools the model; without, its margin is raised to the end, as a
@@ -54,7 +57,7 @@ def pgd(
         x,
         y,
         start,
-        Climb(steps, restarts, loss, targeted, stop_early),
+        Climb(steps, restarts, loss, targeted, stop_early, target_classes),
         norm=norm,
         eps=eps,
         longest=eps if step_size is None else step_size,

@@ -55,8 +55,8 @@ class Spec(NamedTuple):
     restarts: str | None = None  # and `AttackConfig.restarts`, and so on
     tries: str | None = None
     queries: str | None = None
+    targets: str | None = None
     losses: tuple[str, ...] = ()  # that it takes, the default first
-    targets: str | None = None  # the parameter that `AttackConfig.targets` sets
     gradient: bool = True
     random: bool = True  # another seed may find more
     cycle: int = 1  # after so many restarts it has begun in every way that it has
@@ -116,7 +116,9 @@ SPECS: dict[str, Spec] = {
     "noise": Spec(attacks.noise, _BOTH, "draws", gradient=False, control=True, pressing={}),
     "fgsm": Spec(attacks.fgsm, _BALLS, None, losses=_LOSSES, random=False, pressing={}),
     "mi_fgsm": Spec(attacks.mi_fgsm, _BOTH, losses=_LOSSES, random=False),
-    "pgd": Spec(attacks.pgd, _BALLS, restarts="restarts", losses=(*_LOSSES, "both")),
+    "pgd": Spec(
+        attacks.pgd, _BALLS, restarts="restarts", losses=(*_LOSSES, "both"), targets="target_classes"
+    ),
     "apgd": Spec(attacks.apgd, _BALLS, restarts="restarts", losses=_LOSSES, targets="target_classes"),
     "window_pgd": Spec(
         attacks.window_pgd,
@@ -175,7 +177,7 @@ SPECS: dict[str, Spec] = {
     "corruption": Spec(attacks.corruption, ("corruption",), "draws", gradient=False),
 }
 
-_NUMBERS = ("steps", "restarts", "tries", "queries")  # fields of `AttackConfig` and of `Spec`
+_NUMBERS = ("steps", "restarts", "tries", "queries", "targets")  # fields of `AttackConfig` and of `Spec`
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,8 @@ class AttackConfig:
     restarts   of those that have some; for cw the searches on its constant (0: the attack's own number)
     loss       that is climbed: ce, margin, dlr, or both, which is ce and margin by turns, a restart
                each
-    targets    of apgd and fab: how many of the most likely wrong classes are aimed at, each in a run of its
-               own (0: none, the attack is untargeted)
+    targets    of pgd, apgd and fab: how many of the most likely wrong classes are aimed at, each in a run of
+               its own, whatever the loss (0: none, the attack is untargeted)
     tries      of window_pgd, transfer_pgd and stroke_search: what is drawn for each start, which is the best
                of it (0: the attack's own number)
     queries    of square_pgd and stroke_search: beside their gradients (0: the attack's own number)
@@ -219,11 +221,11 @@ class AttackConfig:
         if self.name not in SPECS:
             raise ValueError(f"name: expected one of {', '.join(SPECS)}, got {self.name!r}")
         spec = SPECS[self.name]
-        for name in ("targets", *_NUMBERS):
+        for name in _NUMBERS:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}: expected a whole number of at least 0, got {value!r}")
-            if name != "targets" and getattr(spec, name) is None and value:
+            if getattr(spec, name) is None and value:
                 raise ValueError(f"{name} of {self.name}: expected none, it has none to set; got {value}")
         if not isinstance(self.rounds, int) or self.rounds < 1:
             raise ValueError(f"rounds: expected a whole number of at least 1, got {self.rounds!r}")
@@ -237,8 +239,6 @@ class AttackConfig:
         if self.loss and self.loss not in spec.losses:
             known = f"one of {', '.join(spec.losses)}" if spec.losses else "none"
             raise ValueError(f"loss of {self.name}: expected {known}, got {self.loss!r}")
-        if self.targets and spec.targets is None:
-            raise ValueError(f"targets of {self.name}: expected 0, it aims at none; got {self.targets}")
         if not set(self.views) <= set(ORDER):
             raise ValueError(f"views: expected some of {', '.join(ORDER)}, got {list(self.views)}")
 
@@ -287,8 +287,6 @@ class AttackConfig:
                 found[getattr(spec, name)] = getattr(self, name)
         if self.loss:
             found["loss"] = self.loss
-        if spec.targets:
-            found[spec.targets] = self.targets
         if press:
             found |= spec.pressing
         if spec.others and others is not None:

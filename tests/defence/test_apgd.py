@@ -132,7 +132,8 @@ def test_targets_find_at_least_what_one_direction_finds(classes: int) -> None:
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("classes", [2, 3, 4])
-def test_targets_leave_of_a_linear_model_what_can_be_left(classes: int, norm: Any) -> None:
+@pytest.mark.parametrize("attack", [apgd, pgd])
+def test_targets_leave_of_a_linear_model_what_can_be_left(attack: Any, classes: int, norm: Any) -> None:
     x, eps = images(80), {"linf": 0.05, "l2": 0.3, "l1": 0.8}[norm]
     rng = torch.Generator().manual_seed(classes)
     weight = torch.randn(classes, x[0].numel(), generator=rng)
@@ -142,14 +143,15 @@ def test_targets_leave_of_a_linear_model_what_can_be_left(classes: int, norm: An
         return x.flatten(1) @ weight.T + bias
 
     y = model(x).argmax(1)
-    x_adv = apgd(model, x, y, norm=norm, eps=eps, steps=60, target_classes=9)
+    x_adv = attack(model, x, y, norm=norm, eps=eps, steps=60, target_classes=9)
     left = (model(x_adv).argmax(1) == y).sum()
     best = (linear_worst_margin(weight, bias, x, y, norm=norm, eps=eps) > 0).sum()
     assert 8 < best < 72
     assert left <= best + 1
 
 
-def test_of_three_classes_the_least_likely_is_reached() -> None:
+@pytest.mark.parametrize("attack", [apgd, pgd])
+def test_of_three_classes_the_least_likely_is_reached(attack: Any) -> None:
     """Class 1 comes second, and no pixel makes it first; class 2 is first from 0.45 off on."""
 
     def forked(x: Tensor) -> Tensor:
@@ -158,13 +160,15 @@ def test_of_three_classes_the_least_likely_is_reached() -> None:
 
     x, y = torch.full((3, 1, 8, 8), 0.5), torch.zeros(3, dtype=torch.long)
     for norm in ("linf", "l2", "l1"):
-        x_adv = apgd(forked, x, y, norm=norm, eps=0.48, steps=40, target_classes=2, random_start=False)
-        assert (forked(x_adv).argmax(1) == 2).all()
+        within = {"norm": norm, "eps": 0.48, "steps": 40, "random_start": False}
+        assert (forked(attack(forked, x, y, target_classes=2, **within)).argmax(1) == 2).all()
+        assert (forked(attack(forked, x, y, target_classes=1, **within)).argmax(1) == 0).all()
 
 
-def test_targets_are_for_untargeted_attacks() -> None:
+@pytest.mark.parametrize("attack", [apgd, pgd])
+def test_targets_are_for_untargeted_attacks(attack: Any) -> None:
     with pytest.raises(ValueError, match=r"^target_classes: expected 0"):
-        apgd(network(3), images(), torch.zeros(12, dtype=torch.long), target_classes=2, targeted=True)
+        attack(network(3), images(), torch.zeros(12, dtype=torch.long), target_classes=2, targeted=True)
 
 
 @pytest.mark.parametrize(

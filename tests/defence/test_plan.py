@@ -173,7 +173,7 @@ def test_an_attack_is_bound_to_its_threat(config: AttackConfig, keywords: dict[s
 def test_what_a_config_leaves_open_is_the_attack_s_own(name: Any) -> None:
     threat = Threat(SPECS[name].norms[0], 1)
     bound: Any = AttackConfig(name).bind(threat, seed=0, press=False)
-    assert bound.keywords.keys() <= {"norm", "eps", "seed", "target_classes"}
+    assert bound.keywords.keys() <= {"norm", "eps", "seed"}
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_what_a_config_leaves_open_is_the_attack_s_own(name: Any) -> None:
         ("tries of pgd", {"tries": 30}),
         ("tries", {"name": "window_pgd", "tries": -1}),
         ("targets", {"targets": -1}),
-        ("targets", {"targets": 3}),
+        ("targets of ddn", {"name": "ddn", "targets": 3}),
         ("loss", {"loss": "mse"}),
         ("loss", {"name": "noise", "loss": "ce"}),
         ("loss", {"name": "fgsm", "loss": "both"}),
@@ -210,6 +210,7 @@ def test_an_attack_config_names_its_bad_key(key: str, values: Any) -> None:
         (AttackConfig("pgd", loss="both"), "pgd"),
         (AttackConfig("apgd", loss="dlr"), "apgd-dlr"),
         (AttackConfig("apgd", loss="dlr", targets=9), "apgd-dlr-t"),
+        (AttackConfig("pgd", targets=9), "pgd-t"),
         (AttackConfig("square"), "square"),
     ],
 )
