@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipelines.files import write_json
+
 Row = dict[str, Any]
 
 
@@ -30,9 +32,7 @@ class Kept:
         self.folder.mkdir(exist_ok=True)
         path = self.folder / f"{hashlib.sha256(f'{self.asked} {name}'.encode()).hexdigest()[:16]}.json"
         if not path.exists():
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(make()), encoding="utf-8")
-            partial.replace(path)
+            write_json(path, make())
         row: Row = json.loads(path.read_text(encoding="utf-8"))
         return row
 

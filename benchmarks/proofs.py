@@ -24,6 +24,7 @@ from rich.progress import track
 from manifold_defense.certification import decide, intervals_prove
 from manifold_defense.evaluation.baselines import Binarise, Preprocessed
 from manifold_defense.evaluation.statistics import wilson
+from pipelines.files import write_json
 
 _CHUNK = 10
 VERDICTS = ("proved", "refuted", "open")
@@ -75,9 +76,7 @@ def main(
             verdict = VERDICTS[0 if proved else 1 if broken else 2]
             found.append({"right": clean, "verdict": verdict, "intervals": loose})
         if output is not None:
-            partial = output.with_suffix(".partial")
-            partial.write_text(json.dumps({**asked, "images": found}) + "\n", encoding="utf-8")
-            partial.replace(output)
+            write_json(output, {**asked, "images": found})
     n = len(found)
     if n > before:
         click.echo(f"{(time.perf_counter() - started) / (n - before):.2f} s an image")

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pipelines.files import whole
+
 _TEXT: dict[str, Any] = {"fontsize": 9, "parse_math": False}  # a class may be called $a_$
 
 
@@ -61,11 +63,9 @@ def strips(rows: Sequence[Strip], labels: Sequence[int], classes: Sequence[str])
 
 def save_figure(figure: Any, path: Path) -> None:
     """PNG, whole or not at all."""
-    partial = path.with_suffix(".partial.png")
-    with warnings.catch_warnings():
+    with whole(path) as partial, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # names of classes in letters that the font lacks
-        figure.savefig(partial)
-    partial.replace(path)
+        figure.savefig(partial, format="png")
 
 
 @torch.no_grad()

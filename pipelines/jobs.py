@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from manifold_defense.evaluation import Defence, Job, Outcome
+from pipelines.files import whole
 
 
 @dataclass
@@ -48,10 +49,8 @@ class JobStore:
     def put(self, job: Job, outcome: Outcome) -> None:
         if not self.fabric.is_global_zero:
             return
-        path = self._path(job)
-        partial = path.with_suffix(".partial")
-        save_file({name: value.contiguous() for name, value in outcome._asdict().items()}, partial)
-        partial.replace(path)
+        with whole(self._path(job)) as partial:
+            save_file({name: value.contiguous() for name, value in outcome._asdict().items()}, partial)
 
 
 def digest_of(defences: list[Defence], x: Tensor) -> str:

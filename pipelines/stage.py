@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.config import Config
 from pipelines.data import data_digest
+from pipelines.files import write_json
 
 if TYPE_CHECKING:
     from pipelines.context import Context
@@ -294,16 +295,6 @@ def remove(folder: Path) -> None:
         folder.unlink()
     elif folder.exists():
         shutil.rmtree(folder)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-    except OSError as error:  # of a full disk it knows no name
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    os.replace(partial, path)
 
 
 def _content(folder: Path, metrics: Mapping[str, Any]) -> str:

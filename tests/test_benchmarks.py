@@ -235,11 +235,12 @@ def test_rows_that_are_finished_are_not_made_again(
         return calls
 
     assert made(1) == 1
-    rows = [text for text in (file.read_text() for file in kept.glob("*.json")) if "seconds" in text]
+    texts = (file.read_text().strip("{}\n ") for file in kept.glob("*.json"))
+    rows = [" ".join(text.split()) for text in texts if "seconds" in text]
     assert rows
     assert made(100) == 1  # of two
     assert not kept.exists()
-    assert all(text.strip("{}") in output.read_text() for text in rows)
+    assert all(row in " ".join(output.read_text().split()) for row in rows)
     assert made(100) == 2  # all is measured anew, and what another question left is not taken
     given[given.index("--images") + 1] = 65
     assert made(1) == 1

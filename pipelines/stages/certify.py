@@ -36,6 +36,7 @@ from pipelines.board import curves, save_figure
 from pipelines.context import Context
 from pipelines.data import subset, to_float
 from pipelines.defences import PREPROCESSING, behind, load_parts
+from pipelines.files import whole
 from pipelines.stage import StageError
 
 _CHUNK = 10  # images between two savings
@@ -161,9 +162,8 @@ def _certify(
             found = Certificates(
                 found.prediction.cpu().contiguous(), found.radius.double().cpu().contiguous()
             )
-            partial_path = path.with_suffix(".partial")
-            save_file(found._asdict(), partial_path)
-            partial_path.replace(path)
+            with whole(path) as partial:
+                save_file(found._asdict(), partial)
         report(images.stop)
         return found
 
@@ -218,9 +218,8 @@ _COLUMNS = ("image", "label", "defence", "method", "norm", "prediction", "radius
 
 def _write_csv(path: Path, y: Tensor, proofs: Sequence[Proof], found: dict[str, Certificates]) -> None:
     """A row an image and proof; the prediction −1 is an abstention."""
-    partial_path = path.with_suffix(".partial")
     labels = y.tolist()
-    with partial_path.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(_COLUMNS)
         for proof in proofs:
@@ -228,7 +227,6 @@ def _write_csv(path: Path, y: Tensor, proofs: Sequence[Proof], found: dict[str, 
             for i, (label, prediction, radius) in enumerate(rows):
                 # In full: rounded to six places it could be more than is proved.
                 writer.writerow((i, label, proof.defence, proof.method, proof.norm, prediction, radius))
-    partial_path.replace(path)
 
 
 def _curves(

@@ -22,9 +22,10 @@ from pipelines.config import EncoderStageConfig, HardenConfig
 from pipelines.context import Context
 from pipelines.data import ImageData, to_float
 from pipelines.defences import behind, load_run_filter
+from pipelines.files import write_json
 from pipelines.judging import accuracy, held_out, proved
 from pipelines.own import load_own_classifier
-from pipelines.stage import FACTS, STATE, Plan, StageError, figures, settings_of, write_json
+from pipelines.stage import FACTS, STATE, Plan, StageError, figures, settings_of
 
 VERSION = 6  # of `harden` and of each of its variants
 VARIANT = "variant.json"

@@ -14,6 +14,7 @@ from manifold_defense.rejection import RejectingClassifier, roc
 from pipelines.board import Strip, predictions, save_figure, strips
 from pipelines.context import Context
 from pipelines.defences import compared, make_defences
+from pipelines.files import whole
 from pipelines.jobs import JobStore, digest_of
 from pipelines.own import blamed_on
 
@@ -108,9 +109,8 @@ _COLUMNS = (
 
 def _write_csv(path: Path, y: Tensor, evaluation: Evaluation) -> None:
     """A row an image and job that met it; `distance` is the size of the perturbation in the threat's unit."""
-    partial = path.with_suffix(".partial")
     labels = y.tolist()
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(_COLUMNS)
         for job, outcome in evaluation.outcomes:
@@ -119,7 +119,6 @@ def _write_csv(path: Path, y: Tensor, evaluation: Evaluation) -> None:
             columns = (outcome.met, outcome.prediction, outcome.score, outcome.size)
             for i, prediction, score, size in zip(*(c.tolist() for c in columns), strict=True):
                 writer.writerow((i, labels[i], *facts, prediction, f"{score:g}", f"{size:.5f}"))
-    partial.replace(path)
 
 
 def _pictures(context: Context, evaluation: Evaluation, x: Tensor, y: Tensor) -> None:

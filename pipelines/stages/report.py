@@ -8,6 +8,7 @@ from typing import Any
 
 from pipelines.board import save_figure, scatter
 from pipelines.context import Context
+from pipelines.files import whole
 from pipelines.report import (
     markdown_certificates,
     markdown_checks,
@@ -118,7 +119,6 @@ def run(context: Context) -> dict[str, Any]:
         "\nEvery image's outcome is in `evaluate/images.csv`.\n",
         f"\n## Configuration\n\n```toml\n{to_toml(config)}```\n",
     ]
-    partial = context.folder / "report.partial"
-    partial.write_text("".join(text), encoding="utf-8")
-    partial.replace(context.folder / "report.md")
+    with whole(context.folder / "report.md") as partial:
+        partial.write_text("".join(text), encoding="utf-8")
     return {"pictures": pictures}
