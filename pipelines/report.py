@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 Rows = Sequence[Mapping[str, Any]]
-COLUMNS = ("defence", "clean", "noise", "unaware", "approximate", "exact", "worst of all", "95 % interval")
+_HEADER = ("defence", "clean", "noise", "unaware", "approximate", "exact", "worst of all", "95 % interval")
 MASKED, AT_MOST = " (masked)", "≤ "
 _FEWEST = 10  # images on which checks find what they look for
-_FRONT = ("noise", "unaware", "approximate", "exact")  # the columns of attacks, weak to strong
 _LEGEND = (
     "unaware: attacks that know the classifier alone. approximate: another gradient in place of the "
     "defence's own. exact: its own. worst of all: image by image, after those without gradients as well; the "
@@ -22,6 +21,23 @@ _LEGEND = (
     "gradients are hidden or longer attacks break many more."
 )
 _NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1", "l0": "L0", "union": "union of all threats"}
+
+
+class Line(NamedTuple):
+    """Of one defence, in the words and order of `_HEADER`."""
+
+    defence: str
+    clean: str
+    noise: str
+    unaware: str
+    approximate: str
+    exact: str
+    worst: str
+    interval: str
+
+    def emphasised(self, mark: str, unmark: str) -> Line:
+        """With the figure of robustness between the marks, unless it is masked and none."""
+        return self if self.worst.endswith(MASKED) else self._replace(worst=f"{mark}{self.worst}{unmark}")
 
 
 class ThreatTable(NamedTuple):
@@ -33,7 +49,7 @@ class ThreatTable(NamedTuple):
     """
 
     title: str
-    lines: list[tuple[str, ...]]  # one tuple a defence, in the order of COLUMNS
+    lines: list[Line]  # one a defence
 
 
 def threat_tables(rows: Rows) -> list[ThreatTable]:
@@ -53,7 +69,7 @@ def threat_tables(rows: Rows) -> list[ThreatTable]:
     ]
 
 
-def _line(defence: str, clean: Mapping[str, Any], rows: Rows) -> tuple[str, ...]:
+def _line(defence: str, clean: Mapping[str, Any], rows: Rows) -> Line:
     own = [r for r in rows if r["defence"] == defence]
     worst = next(r for r in own if r["attack"] == "worst")
 
@@ -61,12 +77,15 @@ def _line(defence: str, clean: Mapping[str, Any], rows: Rows) -> tuple[str, ...]
         found = [r for r in own if _column(r) == column]
         return _at_most(min(found, key=itemgetter("robust_accuracy"))) if found else "–"
 
-    return (
+    return Line(
         f"{defence}{' *' if worst['trained'] else ''}",
         percent(clean["robust_accuracy"]),
-        *(lowest(column) for column in _FRONT),
-        _figure(worst),
-        f"{percent(worst['ci_low'])} – {percent(worst['ci_high'])}",
+        noise=lowest("noise"),
+        unaware=lowest("unaware"),
+        approximate=lowest("approximate"),
+        exact=lowest("exact"),
+        worst=_figure(worst),
+        interval=f"{percent(worst['ci_low'])} – {percent(worst['ci_high'])}",
     )
 
 
@@ -147,11 +166,10 @@ def print_results(console: Console, metrics: Mapping[str, Any]) -> None:
         console.print(unchecked, highlight=False, soft_wrap=True)
     for table in threat_tables(metrics["rows"]):
         shown = Table(title=f"{table.title}: accuracy on {metrics['n']} test images", title_justify="left")
-        for column in COLUMNS:
+        for column in _HEADER:
             shown.add_column(column, justify="left" if column == "defence" else "right", no_wrap=True)
         for line in table.lines:
-            masked = line[6].endswith(MASKED)
-            shown.add_row(*line[:6], line[6] if masked else f"[bold]{line[6]}[/]", line[7])
+            shown.add_row(*line.emphasised("[bold]", "[/]"))
         console.print(shown)
     console.print(_LEGEND, highlight=False)
     for sentence in summary(metrics["rows"], metrics["comparisons"]):
@@ -177,11 +195,8 @@ def markdown_results(metrics: Mapping[str, Any]) -> str:
     parts += [f"> {unchecked}\n\n" for unchecked in [_unchecked(metrics)] if unchecked]
     for table in threat_tables(metrics["rows"]):
         parts.append(f"**{table.title}**, {metrics['n']} test images\n\n")
-        lines = [
-            [*line[:6], line[6] if line[6].endswith(MASKED) else f"**{line[6]}**", line[7]]
-            for line in table.lines
-        ]
-        parts.append(markdown_table(COLUMNS, lines) + "\n")
+        lines = [line.emphasised("**", "**") for line in table.lines]
+        parts.append(markdown_table(_HEADER, lines) + "\n")
     parts += [f"- {sentence}\n" for sentence in summary(metrics["rows"], metrics["comparisons"])]
     return "".join(parts)
 

@@ -15,8 +15,8 @@ from manifold_defense.artifact import load_classifier, save_classifier
 from manifold_defense.certification.lipschitz import chain
 from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
 from manifold_defense.filter import ManifoldFilter
-from manifold_defense.hardening import Clean, Objective
-from manifold_defense.hardening.training import TrainingConfig, classifier_state, train_classifier
+from manifold_defense.hardening import Clean
+from manifold_defense.hardening.training import classifier_state, train_classifier
 from manifold_defense.types import Classifier, Threat
 from pipelines.config import EncoderStageConfig, HardenConfig
 from pipelines.context import Context
@@ -36,7 +36,8 @@ _CUSTOMARY = (Threat("linf", 0.15),)  # for what is trained for no threat
 def train(context: Context) -> dict[str, Any]:
     """A classifier on clean images."""
     config = context.config.classifier
-    return _train(context, _untrained(context, config.architecture), config.training, Clean())
+    plain = HardenConfig(objective=Clean(), training=config.training)
+    return _train(context, _untrained(context, config.architecture), plain)
 
 
 def _untrained(context: Context, architecture: ArchitectureConfig) -> ImageClassifier:
@@ -162,7 +163,7 @@ def _harden(own: Context, context: Context, variant: HardenConfig) -> dict[str, 
         drawn = variant.behind == "reconstructions" and taught.projects
         place = "" if drawn else taught.behind
         teacher = behind(place, earlier(taught.name).requires_grad_(False), filter)
-    metrics = _train(own, start, variant.training, variant.objective, variant, filter, teacher)
+    metrics = _train(own, start, variant, filter, teacher)
 
     hardened = load_classifier(own.folder).requires_grad_(False).to(device)
     x, y = context.test_images(500)
@@ -180,13 +181,11 @@ def _harden(own: Context, context: Context, variant: HardenConfig) -> dict[str, 
 def _train(
     context: Context,
     model: ImageClassifier,
-    config: TrainingConfig,
-    objective: Objective,
-    variant: HardenConfig | None = None,
+    variant: HardenConfig,
     filter: ManifoldFilter | None = None,
     teacher: Classifier | None = None,
 ) -> dict[str, Any]:
-    place = variant.behind if variant else ""
+    config, objective, place = variant.training, variant.objective, variant.behind
     state = classifier_state(context.fabric, model, config)
     context.resume(state)
     judged, data = held_out(context.data.train)
@@ -199,7 +198,7 @@ def _train(
         # On reconstructions the images are already what the filter makes of them.
         if place == "reconstructions":
             return model
-        return behind(place, model, filter.seen(variant.view) if filter and variant else filter)
+        return behind(place, model, filter.seen(variant.view) if filter else None)
 
     def validate(model: nn.Module) -> tuple[float, float]:
         deployed = behind(place, model, filter)
