@@ -99,20 +99,8 @@ def _next_radius(
 
 def _project(norm: str, delta: Tensor, radius: Tensor) -> Tensor:
     """The nearest perturbations to δ (N, C, H, W) in the balls of radii (N,), one for each image."""
-    per_image = radius.view(-1, 1, 1, 1)
-    if norm == "linf":
-        return torch.minimum(torch.maximum(delta, -per_image), per_image)
-    if norm == "l2":
-        size = geometry("l2").size(delta).view(-1, 1, 1, 1)
-        return delta * (per_image / size.clamp(min=1e-12)).clamp(max=1)
-    if norm == "l0":
-        energy = delta.square().sum(1).flatten(1)
-        rank = energy.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        return delta * (rank < radius.unsqueeze(1)).view(-1, 1, *delta.shape[2:])
-    # L1: the soft threshold λ for which Σ max(|δᵢ| − λ, 0) is the radius (Duchi et al. 2008, figure 1).
-    ordered = delta.abs().flatten(1).sort(1, descending=True).values
-    count = torch.arange(1, ordered.shape[1] + 1, device=delta.device)
-    threshold = (ordered.cumsum(1) - radius.unsqueeze(1)) / count
-    kept = (ordered > threshold).sum(1, keepdim=True).clamp(min=1)
-    threshold = threshold.gather(1, kept - 1).clamp(min=0).view(-1, 1, 1, 1)
-    return delta.sign() * (delta.abs() - threshold).clamp(min=0)
+    if norm != "l0":
+        return geometry(norm).project(delta, radius)
+    energy = delta.square().sum(1).flatten(1)
+    rank = energy.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return delta * (rank < radius.unsqueeze(1)).view(-1, 1, *delta.shape[2:])

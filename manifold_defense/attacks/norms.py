@@ -13,12 +13,13 @@ from torch import Tensor
 
 Bounds = tuple[float, float]
 Length = float | Tensor  # in pixels, of all steps or of each, (N, 1, 1, 1)
+Radius = float | Tensor  # of all balls, or of each image's, (N,)
 
 
 class Geometry(NamedTuple):
     size: Callable[[Tensor], Tensor]  # ‖δ‖ of each image, (N,)
     steepest: Callable[[Tensor], Tensor]  # the δ with ‖δ‖ = 1 that gains most along a gradient
-    project: Callable[[Tensor, float], Tensor]  # the nearest δ with ‖δ‖ ≤ eps
+    project: Callable[[Tensor, Radius], Tensor]  # the nearest δ with ‖δ‖ ≤ eps
     sample: Callable[[Tensor, float, torch.Generator], Tensor]  # δ uniform in the ball of radius eps
     # (clean, moved, eps, bounds): an image in the box and in the ball around `clean`, near `moved`
     place: Callable[[Tensor, Tensor, float, Bounds], Tensor]
@@ -43,7 +44,7 @@ def _l2_steepest(gradient: Tensor) -> Tensor:
     return scaled / column(_l2(scaled).clamp(min=1e-12), gradient)
 
 
-def _l2_project(delta: Tensor, eps: float) -> Tensor:
+def _l2_project(delta: Tensor, eps: Radius) -> Tensor:
     # A hair inside the ball, so that rounding never leaves it.
     scale = eps * (1 - 1e-6) / _l2(delta).clamp(min=1e-12)
     return delta * column(scale.clamp(max=1.0), delta)
@@ -69,13 +70,13 @@ def _l1_steepest(gradient: Tensor) -> Tensor:
     return torch.zeros_like(flat).scatter(1, largest, flat.gather(1, largest).sign()).view_as(gradient)
 
 
-def _l1_project(delta: Tensor, eps: float) -> Tensor:
+def _l1_project(delta: Tensor, eps: Radius) -> Tensor:
     """Soft threshold at the λ for which `Σ max(|δᵢ| − λ, 0) = eps` (Duchi et al. 2008, figure 1)."""
     flat = delta.flatten(1)
     if flat.numel() == 0:
         return delta
     sorted_sizes = flat.abs().sort(dim=1, descending=True).values
-    excess = sorted_sizes.cumsum(1) - eps
+    excess = sorted_sizes.cumsum(1) - (eps.unsqueeze(1) if isinstance(eps, Tensor) else eps)
     ranks = torch.arange(1, flat.shape[1] + 1, dtype=flat.dtype, device=flat.device)
     kept = (sorted_sizes * ranks > excess).sum(1, keepdim=True).clamp(min=1)
     threshold = excess.gather(1, kept - 1) / kept
@@ -101,7 +102,7 @@ def free(gradient: Tensor, at: Tensor, bounds: Bounds) -> Tensor:
     return gradient.masked_fill(blocked, 0)
 
 
-def _box_then_ball(project: Callable[[Tensor, float], Tensor]) -> Callable[..., Tensor]:
+def _box_then_ball(project: Callable[[Tensor, Radius], Tensor]) -> Callable[..., Tensor]:
     """Placing in the box first: a projection that only shrinks δ cannot leave it, and spends all of eps."""
 
     def place(clean: Tensor, moved: Tensor, eps: float, bounds: Bounds) -> Tensor:
@@ -145,6 +146,11 @@ def _linf_step(
     return _linf_place(clean, at + length * gradient.sign(), eps, bounds)
 
 
+def _linf_project(delta: Tensor, eps: Radius) -> Tensor:
+    most = column(eps, delta) if isinstance(eps, Tensor) else delta.new_tensor(eps)
+    return torch.minimum(torch.maximum(delta, -most), most)
+
+
 def _linf_place(clean: Tensor, moved: Tensor, eps: float, bounds: Bounds) -> Tensor:
     return (clean + (moved - clean).clamp(-eps, eps)).clamp(*bounds)
 
@@ -162,7 +168,7 @@ GEOMETRIES = {
     "linf": Geometry(
         size=lambda delta: delta.flatten(1).abs().amax(1),
         steepest=torch.sign,
-        project=lambda delta, eps: delta.clamp(-eps, eps),
+        project=_linf_project,
         sample=lambda like, eps, rng: eps * (2 * torch.rand(like.shape, generator=rng).to(like) - 1),
         place=_linf_place,
         step=_linf_step,
