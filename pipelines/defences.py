@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from manifold_defense.artifact import load_classifier, load_filter
-from manifold_defense.attacks import Expectation
 from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.evaluation import Defence
 from manifold_defense.evaluation.baselines import (
@@ -33,7 +32,6 @@ from pipelines.data import subset, to_float
 from pipelines.own import load_own, load_own_filter
 
 _CALIBRATION = 500  # images on which a threshold is set
-_DRAWS, _ATTACKED = 100, 20  # of a model that draws, for each verdict and for each gradient
 
 
 def load_run_filter(context: Context) -> ManifoldFilter:
@@ -133,8 +131,7 @@ def _mixed(
 def _preprocessed(
     name: str, preprocess: Preprocess, classifier: nn.Module, trained: tuple[Threat, ...] = ()
 ) -> Defence:
-    defence = Defence.preprocessed(name, Preprocessed(preprocess, classifier), trained)
-    return _averaged(defence) if isinstance(preprocess, RandomNoise) else defence
+    return Defence.preprocessed(name, Preprocessed(preprocess, classifier), trained)
 
 
 def _own_defences(source: str, folder: str, context: Context) -> list[Defence]:
@@ -167,15 +164,6 @@ def _baselines(context: Context, classifier: nn.Module, filter: ManifoldFilter |
     return defences
 
 
-def _averaged(defence: Defence) -> Defence:
-    """A defence that draws: its mean over draws is attacked, its score the share of draws that are right."""
-    attacked = {
-        view: model if view == "unaware" else Expectation(model, _ATTACKED)
-        for view, model in defence.attacked.items()
-    }
-    return replace(defence, attacked=attacked, draws=_DRAWS)
-
-
 def _filtered(
     name: str, context: Context, classifier: nn.Module, filter: ManifoldFilter
 ) -> Iterator[Defence]:
@@ -189,7 +177,7 @@ def _filtered(
     yield Defence.filtered(name, DefendedClassifier(filter, classifier))
     if config.random:
         drawing = RandomisedFilter(filter.configured(replace(filter.config, restarts=1 + config.random)))
-        yield _averaged(Defence.filtered(f"{name}+random", DefendedClassifier(drawing, classifier)))
+        yield Defence.filtered(f"{name}+random", DefendedClassifier(drawing, classifier))
     if not config.reject:
         return
     attacked = config.images or len(data.test.labels)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from torch import Tensor
 
-from manifold_defense.evaluation.baselines import Preprocessed
+from manifold_defense.attacks import Expectation
+from manifold_defense.evaluation.baselines import Preprocessed, RandomNoise
 from manifold_defense.filter import DefendedClassifier
 from manifold_defense.modes import writes
+from manifold_defense.randomised import RandomisedFilter
 from manifold_defense.rejection import RejectingClassifier
 from manifold_defense.types import Classifier, Threat
 
@@ -92,9 +94,17 @@ class Defence:
             )
         return logits
 
+    def averaged(self, attacked: int = 20, judged: int = 100) -> Defence:
+        """Of a model that draws: the mean over `attacked` draws is attacked, the share of `judged` counts."""
+        views = {
+            view: model if view in self.surrogates else Expectation(model, attacked)
+            for view, model in self.attacked.items()
+        }
+        return replace(self, attacked=views, draws=judged)
+
     @classmethod
     def of(cls, name: str, model: Classifier, trained: tuple[Threat, ...] = ()) -> Defence:
-        """A model in every view that its kind has."""
+        """A model in every view that its kind has; `averaged` if it draws by a filter or a step of ours."""
         if isinstance(model, Preprocessed):
             return cls.preprocessed(name, model, trained)
         if isinstance(model, (DefendedClassifier, RejectingClassifier)):
@@ -113,7 +123,7 @@ class Defence:
         defended: DefendedClassifier | RejectingClassifier,
         trained: tuple[Threat, ...] = (),
     ) -> Defence:
-        """A classifier behind a filter, in every view that the filter has; it may refuse images.
+        """A classifier behind a filter, in every view that the filter has; it may refuse images, or draw.
 
         It was trained for what its filter was, besides `trained`.
         """
@@ -121,10 +131,12 @@ class Defence:
         attacked: dict[str, Classifier] = {view: defended.view(view) for view in views}
         predict = defended.predict if isinstance(defended, RejectingClassifier) else None
         trained = tuple(dict.fromkeys((*trained, *defended.filter.trained)))
-        return cls(name, defended, {"unaware": defended.classifier, **attacked}, trained, predict=predict)
+        made = cls(name, defended, {"unaware": defended.classifier, **attacked}, trained, predict=predict)
+        return made.averaged() if isinstance(defended.filter, RandomisedFilter) else made
 
     @classmethod
     def preprocessed(cls, name: str, model: Preprocessed, trained: tuple[Threat, ...] = ()) -> Defence:
         """A classifier behind another preprocessing step, in every view of it."""
         views: dict[str, Classifier] = {view: model.view(view) for view in ORDER if view in model.views()}
-        return cls(name, model, {"unaware": model.classifier, **views}, trained)
+        made = cls(name, model, {"unaware": model.classifier, **views}, trained)
+        return made.averaged() if isinstance(model.preprocess, RandomNoise) else made

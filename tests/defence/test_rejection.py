@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from manifold_defense import DefendedClassifier, ManifoldFilter, ProjectionConfig
 from manifold_defense.attacks import Expectation, detector_aware, fgsm, mean_over_draws, pgd
+from manifold_defense.evaluation import Defence
+from manifold_defense.evaluation.baselines import Preprocessed, RandomNoise
 from manifold_defense.randomised import RandomisedFilter, seeded
 from manifold_defense.rejection import REJECTED, RejectingClassifier, credited, roc, threshold_at
 from tests.defence.attack_table import Linear
@@ -349,6 +351,20 @@ class Scaled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.gain * self.model(x)
         return logits
+
+
+def test_of_what_draws_the_mean_is_attacked_and_many_draws_count(randomised: RandomisedFilter) -> None:
+    classifier = Linear(1.0)
+    noisy = Defence.of("noisy", Preprocessed(RandomNoise(0.1), classifier))
+    for defence in (noisy, Defence.of("drawing", DefendedClassifier(randomised, classifier))):
+        assert defence.draws == 100
+        assert {view for view, model in defence.attacked.items() if not isinstance(model, Expectation)} == {
+            "unaware"
+        }
+        assert {model.draws for model in defence.attacked.values() if isinstance(model, Expectation)} == {20}
+    still = DefendedClassifier(randomised.draw(), classifier)
+    assert Defence.of("still", still).draws == 1
+    assert Defence.of("still", still).averaged(3, 7).draws == 7
 
 
 def test_a_deterministic_model_is_its_own_expectation(linear: Any) -> None:

@@ -11,6 +11,7 @@ from pipelines_support import invoke, settings
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = [
     shlex.split(line, comments=True)[1:]
@@ -59,6 +60,15 @@ def test_the_python_works(at_home):
     for language, block in BLOCKS:
         if language == "python":
             exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_python_of_filters_that_refuse_or_draw_works(at_home):
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
+    (block,) = [block for block in blocks if "load_filter" in block]
+    found = {}
+    exec(compile(block, "evaluation.md", "exec"), found)
+    assert [defence.draws for defence in found["defences"]] == [1, 100]
+    assert (found["labels"] == -1).float().mean() == 0.05
 
 
 def test_make_runs_what_the_readme_says():
