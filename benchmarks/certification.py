@@ -104,7 +104,7 @@ def shares(found: Certificates, y: Tensor) -> Row:
 )
 @click.option("--images", default=120_000, type=click.IntRange(min=1), help="Of training under noise.")
 @click.option("--draws", default=10_000, type=click.IntRange(min=10))
-@click.option("--bank", default=20_000, type=click.IntRange(min=1))
+@click.option("--bank", default=20_000, type=click.IntRange(min=1), help="Training images, of every class.")
 @click.option("--test-images", default=100, type=click.IntRange(min=1))
 @json_option
 def main(
@@ -140,6 +140,8 @@ def main(
             facts = {"test_images": len(x), "draws": draws, "bank": bank, "rows": rows}
             output.write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
+    if bank < len(read.dataset.classes):
+        raise click.UsageError(f"--bank: expected one image a class, {len(read.dataset.classes)}, got {bank}")
     kept = subset(train, min(bank, len(train.labels)))
     points = f"distance, {len(kept.labels)} points"
     report(points, lambda: by_distance(kept, x, y, 0, 0))

@@ -33,7 +33,7 @@ VERDICTS = ("proved", "refuted", "open")
 @benchmark(__doc__)
 @folder("--classifier", required=True)
 @data_options("mnist")
-@click.option("--eps", default=0.3, show_default=True, type=click.FloatRange(0))
+@click.option("--eps", default=0.3, show_default=True, type=click.FloatRange(0, 1))
 @click.option("--boxes", default=10_000, show_default=True, type=click.IntRange(min=1))
 @click.option("--images", default=1000, show_default=True, type=click.IntRange(min=1))
 @json_option

@@ -247,11 +247,11 @@ class CertifyConfig:
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name}: expected at least {minimum}, got {getattr(self, name)}")
-        for name in ("radii_l2", "radii_linf"):
+        for name, most in (("radii_l2", 1e6), ("radii_linf", 1)):
             radii = getattr(self, name)
-            if not radii or not all(0 < radius <= 1e6 for radius in radii):
+            if not radii or not all(0 < radius <= most for radius in radii):
                 raise ValueError(
-                    f"{name}: expected at least one radius, all above 0 and at most a million, got {radii}"
+                    f"{name}: expected at least one radius, all above 0 and at most {most:,.0f}, got {radii}"
                 )
         for name in ("methods", "radii_l2", "radii_linf"):
             if len({*getattr(self, name)}) < len(getattr(self, name)):

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from manifold_defense.attacks import pgd
 from manifold_defense.certification.certificates import Certificates
-from manifold_defense.certification.intervals import Box, followed, hidden_boxes, intervals_prove
+from manifold_defense.certification.intervals import (
+    Box,
+    ball,
+    followed,
+    hidden_boxes,
+    intervals_prove,
+    outward,
+)
 from manifold_defense.certification.relaxation import fitted_lines, lead_bounds, tightened
 from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.evaluation.baselines import Binarise, Preprocessed
@@ -30,7 +37,7 @@ class Verdicts(NamedTuple):
 
     proved: Tensor  # (N,) bool: no image within eps has another label
     broken: Tensor  # (N,) bool: one was found
-    x_adv: Tensor  # (N, C, H, W): that one, within eps and [0, 1]; else the image itself
+    x_adv: Tensor  # (N, C, H, W): that one, within eps, up to rounding, and [0, 1]; else the image itself
 
 
 @torch.inference_mode(False)  # within it nothing can be differentiated
@@ -44,13 +51,11 @@ def decide(model: Preprocessed, x: Tensor, y: Tensor, eps: float, *, boxes: int 
     """
     if not isinstance(model, Preprocessed) or not isinstance(model.preprocess, Binarise):
         raise TypeError(f"branch and bound follows a classifier behind Binarise, got {type(model).__name__}")
-    if not eps >= 0:
-        raise ValueError(f"eps: expected at least 0, got {eps}")
     if boxes < 1:
         raise ValueError(f"boxes: expected at least 1, got {boxes}")
     x, y, classifier = x.clone(), y.clone(), followed(model)
     proved = intervals_prove(model, x, y, eps)
-    lower, upper = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
+    lower, upper = ball(x, outward(eps))
     black, white, own = (model.preprocess.deployed(images) for images in (lower, upper, x))
     broken = model(x).argmax(1) != y
     proved &= ~broken

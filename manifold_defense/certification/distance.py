@@ -21,7 +21,7 @@ class PatchClassifier(nn.Module):
     """Images (N, C, H, W) to logits `−d_c(x)` (N, K) over M affine patches `mean + span(basis)`."""
 
     means: Tensor  # (M, P)
-    bases: Tensor  # (M, D, P), orthonormal rows; D = 0 for points
+    bases: Tensor  # (M, D, P), orthonormal rows, or zeros; D = 0 for points
     labels: Tensor  # (M,)
 
     def __init__(self, means: Tensor, bases: Tensor, labels: Tensor) -> None:
@@ -32,6 +32,10 @@ class PatchClassifier(nn.Module):
             )
         if len(labels) != len(means) or sorted(set(labels.tolist())) != list(range(int(labels.max()) + 1)):
             raise ValueError(f"labels: expected one for each of {len(means)} patches, every class among them")
+        products = bases @ bases.mT
+        rows = torch.diag_embed(products.diagonal(dim1=1, dim2=2) > 0.5).to(bases)
+        if not torch.allclose(products, rows, atol=1e-4):
+            raise ValueError("bases: expected rows of length 1 (or 0: none), at right angles to one another")
         if not labels.any():
             raise ValueError("labels: expected patches of at least two classes")
         self.register_buffer("means", means.detach().clone())

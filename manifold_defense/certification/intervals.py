@@ -13,10 +13,14 @@ from manifold_defense.certification.certificates import Certificates
 from manifold_defense.certification.lipschitz import chain
 from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.evaluation.baselines import Preprocessed
+from manifold_defense.modes import as_deployed
 from manifold_defense.projection import check_images
 from manifold_defense.types import Classifier
 
 _BISECTIONS = 12
+# What x ± eps may lose by rounding. Behind a threshold an ulp is the whole grey scale: 51 / 255 + 0.3 is a
+# hair above a half, in float32 it is a half.
+_ROUNDING = 2.0**-22
 
 
 class Box(NamedTuple):
@@ -34,16 +38,28 @@ class Box(NamedTuple):
 Bounded = ImageClassifier | Preprocessed
 
 
+def ball(x: Tensor, eps: float | Tensor) -> Box:
+    """Images within eps of x (N, C, H, W) and inside [0, 1]; one radius, one an image (N,) or one a pixel."""
+    eps = eps.view(-1, 1, 1, 1) if isinstance(eps, Tensor) and eps.dim() == 1 else eps
+    return Box((x - eps).clamp(0, 1), (x + eps).clamp(0, 1))
+
+
+def outward(eps: float | Tensor) -> float | Tensor:
+    """A radius whose `ball` holds all within eps, whatever rounding does; ValueError below 0."""
+    if not bool(torch.as_tensor(eps >= 0).all()):
+        raise ValueError(f"eps: expected at least 0, got {float(torch.as_tensor(eps).min())}")
+    return eps + _ROUNDING
+
+
 def interval_logits(model: Bounded, x: Tensor, y: Tensor, eps: float | Tensor) -> Tensor:
     """Upper bounds (N, K) of `Z_j − Z_y` within eps of images (N, C, H, W) and inside [0, 1]; 0 at y.
 
     All others below 0: no image of the box is given another label than y (N,). The last layer is joined
     with the difference (Gowal et al. 2018, section 3), so that the cross-entropy of these bounds is an
-    upper bound of the worst one. eps is one radius for all, one an image (N,) or one a pixel (N, C, H, W).
-    Differentiable in the weights. Raises TypeError for a model that the bounds cannot follow.
+    upper bound of the worst one. eps as in `ball`. Differentiable in the weights. Raises TypeError for a
+    model that the bounds cannot follow.
     """
-    eps = eps.view(-1, 1, 1, 1) if isinstance(eps, Tensor) and eps.dim() == 1 else eps
-    inner, lower, upper = followed(model), (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
+    inner, (lower, upper) = followed(model), ball(x, eps)
     if isinstance(model, Preprocessed):
         lower, upper = model.preprocess(lower), model.preprocess(upper)
     return box_logits(inner, lower, upper, y)
@@ -85,7 +101,8 @@ def _followed(model: ImageClassifier, box: Box, known: Sequence[Box] = ()) -> It
             if within := next(inside, None):
                 box = Box(torch.maximum(box.lower, within.lower), torch.minimum(box.upper, within.upper))
             yield box
-            box = Box(layer(box.lower), layer(box.upper))
+            # Not by the layer, which may write over what was handed out.
+            box = Box(box.lower.relu(), box.upper.relu())
         else:
             box = _through(layer, box)
     yield box
@@ -107,23 +124,26 @@ def _through(layer: nn.Module, box: Box) -> Box:
 
 @torch.no_grad()
 def intervals_prove(model: Bounded, x: Tensor, y: Tensor, eps: float | Tensor) -> Tensor:
-    """Whether no image of a box can have another label than y (N,), by `interval_logits`; (N,).
+    """Whether no image within eps can have another label than y (N,), by `interval_logits`; (N,).
 
-    Raises ValueError for images x (N, C, H, W) that are not those of the model in [0, 1].
+    Raises ValueError for an eps below 0 and for images x (N, C, H, W) that are not those of the model in
+    [0, 1].
     """
     check_images(x, followed(model).image_shape)
-    bounds = interval_logits(model, x, y, eps)
+    with as_deployed(model):
+        bounds = interval_logits(model, x, y, outward(eps))
     return bounds.scatter(1, y.unsqueeze(1), -torch.inf).amax(1) < 0
 
 
 @torch.no_grad()
-def interval_certificates(model: Bounded, x: Tensor, *, largest: float = 1.0) -> Certificates:
-    """The largest L∞ radius up to `largest` at which the bounds prove the prediction, found by bisection.
+def interval_certificates(model: Bounded, x: Tensor) -> Certificates:
+    """The largest L∞ radius at which the bounds prove the prediction, found by bisection.
 
-    Exact to largest / 4096, and never above what is proved.
+    Exact to 1 / 4096, and never above what is proved.
     """
-    prediction = model(x).argmax(1)
-    proved, failed = x.new_zeros(len(x)), x.new_full((len(x),), float(largest))
+    with as_deployed(model):
+        prediction = model(x).argmax(1)
+    proved, failed = x.new_zeros(len(x)), x.new_ones(len(x))
     for step in range(_BISECTIONS + 1):
         tried = failed if step == 0 else (proved + failed) / 2
         safe = intervals_prove(model, x, prediction, tried)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from manifold_defense.certification.certificates import Certificates, nearest_boundary
 from manifold_defense.classifiers import ImageClassifier
+from manifold_defense.modes import as_deployed
 
 
 @torch.no_grad()
@@ -21,7 +22,9 @@ def lipschitz_certificates(model: ImageClassifier, x: Tensor) -> Certificates:
     constant = _of_features(model)
     weight = _double(model.head.weight)
     slopes = torch.linalg.vector_norm(weight[:, None] - weight[None], dim=2)
-    return nearest_boundary(model(x).double(), constant * slopes)
+    with as_deployed(model):
+        logits = model(x)
+    return nearest_boundary(logits.double(), constant * slopes)
 
 
 @torch.no_grad()

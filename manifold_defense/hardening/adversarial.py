@@ -173,6 +173,8 @@ class Curriculum(Base):
 
     def __post_init__(self) -> None:
         check(self, positive=("eps_l2", "steps"), shares=("switch", "clean_share"))
+        if self.switch == 1:
+            raise ValueError("switch: expected below 1, or it never meets L∞")
 
     @property
     def threats(self) -> tuple[Threat, ...]:
@@ -183,6 +185,6 @@ class Curriculum(Base):
         if norm == "l2":
             eps = ramped(self.eps_l2, step.progress / self.switch, 0.5)
         else:
-            eps = ramped(self.eps, (step.progress - self.switch) / max(1 - self.switch, 1e-9), 0.5)
+            eps = ramped(self.eps, (step.progress - self.switch) / (1 - self.switch), 0.5)
         x_adv = training_attack(model, x, y, norm=norm, eps=eps, steps=self.steps, seed=step.seed)
         return mixed(model, x, x_adv, y, self.clean_share)
