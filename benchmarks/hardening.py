@@ -1,7 +1,7 @@
 """Do attacks on the manifold, added to adversarial training, buy anything at equal cost?
 
     python benchmarks/hardening.py --filter zoo/mnist/filter --classifier zoo/mnist/undefended \\
-        --data mnist --set data.root=PATH --eps 0.2 --images 60000 --seeds 3 --json hardening.json
+        --data mnist --set data.root=PATH --eps 0.2 --eps-latent 0.05 --images 60000 --json hardening.json
 
 Every objective starts from the same clean classifier and may spend the processor time that plain PGD
 training takes for `--images` images: how many images that makes is measured first, on one batch, the
@@ -38,6 +38,7 @@ from manifold_defense.attacks.objective import correct
 from manifold_defense.classifiers import ImageClassifier
 from manifold_defense.evaluation import Defence
 from manifold_defense.hardening import Clean, Dual, Latent, Objective, Pgd, RobustManifold
+from manifold_defense.hardening.objective import Step
 from manifold_defense.hardening.training import TrainingConfig, classifier_state, train_classifier
 from manifold_defense.types import Ball, Generator
 from pipelines.data import augment, to_float
@@ -47,14 +48,17 @@ from pipelines.progress import progress_bar
 _TIMED_STEPS = 8
 
 
-def make_objectives(eps: float, steps: int) -> dict[str, Objective]:
+def make_objectives(eps: float, steps: int, eps_latent: float) -> dict[str, Objective]:
     return {
         "pgd": Pgd(eps=eps, steps=steps),
-        "dual": Dual(eps=eps, steps=steps),
-        "robust_manifold": RobustManifold(eps=eps, steps=steps),
-        "latent": Latent(steps=steps),
+        "dual": Dual(eps=eps, steps=steps, eps_latent=eps_latent),
+        "robust_manifold": RobustManifold(eps=eps, steps=steps, eps_latent=eps_latent),
+        "latent": Latent(steps=steps, eps=eps_latent),
         "clean": Clean(),
     }
+
+
+NAMES = tuple(make_objectives(0.3, 1, 0.1))
 
 
 def batches(read: Images, batch_size: int, seed: int) -> Callable[[int], tuple[Tensor, Tensor]]:
@@ -92,7 +96,13 @@ def seconds_per_image(
 
 
 def measure(
-    model: ImageClassifier, filter: ManifoldFilter, x: Tensor, y: Tensor, eps: float, seed: int
+    model: ImageClassifier,
+    filter: ManifoldFilter,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    eps_latent: float,
+    seed: int,
 ) -> dict[str, float]:
     """Shares in [0, 1]; `pairs` is the share of pairs that the attacker finds, the others what is left."""
     generator, encoder = cast(Generator, filter.generator), filter.encoder
@@ -116,11 +126,9 @@ def measure(
         found[name] = float(alive.double().mean())
     with torch.no_grad():
         z = encoder(x)
-    moved = latent_attack(model, generator, z, y, eps=0.1, steps=40, restarts=2, seed=seed)
+    moved = latent_attack(model, generator, z, y, eps=eps_latent, steps=40, restarts=2, seed=seed)
     found["on_manifold"] = float(left(moved).double().mean())
-    rng = torch.Generator().manual_seed(seed)
-    starts = (z + 0.1 * torch.randn(z.shape, generator=rng), z + 0.1 * torch.randn(z.shape, generator=rng))
-    pairs = overpowered_pairs(model, generator, starts=starts, eps=1.0, steps=100)
+    pairs = overpowered_pairs(model, generator, around=(z, eps_latent), eps=1.0, steps=100, seed=seed)
     found["pairs"] = float(pairs.found.double().mean())
     return found
 
@@ -133,11 +141,17 @@ def measure(
     "--objective",
     "names",
     multiple=True,
-    type=click.Choice(list(make_objectives(0.3, 1))),
-    default=tuple(make_objectives(0.3, 1)),
+    type=click.Choice(NAMES),
+    default=NAMES,
 )
 @click.option(
     "--eps", default=0.3, type=click.FloatRange(min=0, min_open=True), help="L∞; L2 is five times that."
+)
+@click.option(
+    "--eps-latent",
+    default=0.1,
+    type=click.FloatRange(min=0, min_open=True),
+    help="L∞, of attacks and pairs around E(x), in training and after; keep it so small that labels stay.",
 )
 @click.option("--steps", default=5, type=click.IntRange(min=1), help="Of every inner attack.")
 @click.option("--images", default=60_000, type=click.IntRange(min=1), help="That PGD training sees.")
@@ -152,6 +166,7 @@ def main(
     settings: tuple[str, ...],
     names: tuple[str, ...],
     eps: float,
+    eps_latent: float,
     steps: int,
     images: int,
     batch: int,
@@ -163,7 +178,9 @@ def main(
     filter, fabric = read.filter(filter_folder), Fabric(accelerator="cpu", devices=1)
     console = Console(stderr=True)
     x, y = read.x, read.y
-    objectives = {name: made for name, made in make_objectives(eps, steps).items() if name in names}
+    objectives = {
+        name: made for name, made in make_objectives(eps, steps, eps_latent).items() if name in names
+    }
     aids = {"manifold": filter}
 
     def trained(name: str, objective: Objective, seed: int) -> Row:
@@ -180,12 +197,26 @@ def main(
                 advance(record.images)
         spent = time.process_time() - started
         row = {"objective": name, "seed": seed, "images": own.images, "cpu_seconds": spent}
-        return {**row, **measure(state["best"], filter, x, y, eps, seed)}
+        if isinstance(objective, RobustManifold):  # of the images, around how many it still finds one
+            objective = replace(objective, pairs=len(x))
+            _, labels = objective.found(state["best"], x, y, Step(manifold=filter, seed=seed))
+            row["pairs_left"] = len(labels) / len(x)
+        return {**row, **measure(state["best"], filter, x, y, eps, eps_latent, seed)}
 
     every = {"pgd": Pgd(eps=eps, steps=steps), **objectives}
     defended = DefendedClassifier(filter, read.classifier(classifier).requires_grad_(False))
     answers = digest_of([Defence.of("", defended)], x[:2])
-    asked = (eps, steps, images, batch, test_images, read.dataset.digest, read.config, list(every))
+    asked = (
+        eps,
+        eps_latent,
+        steps,
+        images,
+        batch,
+        test_images,
+        read.dataset.digest,
+        read.config,
+        list(every),
+    )
     kept = Kept(output, f"{answers} {asked}")
     cost = kept.row(
         "cost",
@@ -201,7 +232,13 @@ def main(
                 "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items())
             )
             if output is not None:
-                facts = {"eps": eps, "steps": steps, "test_images": len(x), "rows": rows}
+                facts = {
+                    "eps": eps,
+                    "eps_latent": eps_latent,
+                    "steps": steps,
+                    "test_images": len(x),
+                    "rows": rows,
+                }
                 output.write_text(json.dumps(facts) + "\n", encoding="utf-8")
     kept.finish()
     for name in objectives:

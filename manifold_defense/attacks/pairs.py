@@ -22,6 +22,7 @@ _AIM = 0.99
 # Dual ascent, the weight of the violation itself, and the most that both come to, where the climb has
 # length 1: starts are far apart, and more would hold the two together before they reach the boundary.
 _ASCENT, _AUGMENTED, _STRONGEST = 0.3, 5.0, 1.5
+_LEARNING_RATE = 0.3
 
 
 class Pairs(NamedTuple):
@@ -42,12 +43,17 @@ def overpowered_pairs(
     *,
     n: int = 16,
     starts: tuple[Tensor, Tensor] | None = None,
+    around: tuple[Tensor, float] | None = None,
     eps: float = 1.0,
     steps: int = 200,
-    learning_rate: float = 0.3,
+    learning_rate: float | None = None,
     seed: int = 0,
 ) -> Pairs:
     """`max D(f(Gz₁), f(Gz₂))` s.t. `‖Gz₁ − Gz₂‖₂ ≤ eps`, from `starts` (M, D) or n pairs of prior draws.
+
+    With `around`, latents (M, D) and a radius, both ends begin and stay within that of them, L∞, in standard
+    deviations of the prior: for pairs that have the label of an image. `learning_rate` is then half the
+    radius, else 0.3.
 
     With k the label of the first start, D is the lesser of `Z_k − max_{i≠k} Z_i` at Gz₁ and of
     `max_{i≠k} Z_i − Z_k` at Gz₂: above zero if and only if the pair is one, and on a linear model of two
@@ -56,17 +62,28 @@ def overpowered_pairs(
     highest D is returned.
 
     A pair of one true label is damage that no projection undoes. Whether the pair straddles a true
-    boundary instead, the model cannot say: keep eps small against the distance between classes.
+    boundary instead, the model cannot say: keep eps, or the radius, small against the distance of classes.
     """
     if not eps > 0 or steps < 1 or n < 0:
         raise ValueError(f"expected eps > 0, steps ≥ 1, n ≥ 0, got {eps}, {steps}, {n}")
+    if starts is not None and around is not None:
+        raise ValueError("around: expected no starts beside it, they are drawn there")
+    least = most = None
+    if around is not None:
+        centre, radius = around
+        if not radius > 0:
+            raise ValueError(f"around: expected a radius above 0, got {radius}")
+        least, most = (torch.cat([centre, centre]).detach() + side for side in (-radius, radius))
+        starts = _drawn_around(centre, radius, seed)
+        learning_rate = learning_rate or radius / 2
     first, second = _draws(generator, n, seed) if starts is None else starts
     if first.shape != second.shape or first.dim() != 2:
         raise ValueError(
             f"starts: expected two of shape (M, D), got {tuple(first.shape)}, {tuple(second.shape)}"
         )
     size, count = geometry("l2").size, len(first)
-    adam, config = SOLVERS["adam"], ProjectionConfig("adam", "prior", steps=steps, step_size=learning_rate)
+    adam = SOLVERS["adam"]
+    config = ProjectionConfig("adam", "prior", steps=steps, step_size=learning_rate or _LEARNING_RATE)
 
     with evaluation_mode(model), evaluation_mode(generator):
         best = torch.cat([first, first]).detach()
@@ -101,7 +118,8 @@ def overpowered_pairs(
             cotangent = torch.cat([pull, -pull]) - column(behind, climb) * unit(climb)
             (gradient,) = torch.autograd.grad(image, point, cotangent)
             with torch.no_grad():
-                state = adam.step(state, gap, gradient.nan_to_num(0, 0, 0), step, config)
+                moved, *memory = adam.step(state, gap, gradient.nan_to_num(0, 0, 0), step, config)
+                state = (moved if around is None else moved.clamp(least, most), *memory)
         return _judged(model, generator, best, label)
 
 
@@ -153,6 +171,13 @@ def _draws(generator: Generator, n: int, seed: int) -> tuple[Tensor, Tensor]:
     weights = list(generator.parameters()) if isinstance(generator, nn.Module) else []
     z = torch.randn(2, n, generator.latent_dim, generator=torch.Generator().manual_seed(seed))
     first, second = z.to(weights[0]) if weights else z
+    return first, second
+
+
+def _drawn_around(centre: Tensor, radius: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Two times (M, D), uniform within the radius, L∞, of latents (M, D)."""
+    share = torch.rand(2, *centre.shape, generator=torch.Generator().manual_seed(seed)).to(centre)
+    first, second = centre.detach() + radius * (2 * share - 1)
     return first, second
 
 

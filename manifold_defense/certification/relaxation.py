@@ -97,6 +97,8 @@ def tightened(model: ImageClassifier, box: Box) -> Hidden:
     """The intervals of one box, each neuron whose sign they leave open bounded once more."""
     layers = chain(model.body)
     relus = [k for k, layer in enumerate(layers) if isinstance(layer, nn.ReLU)]
+    if not relus:
+        raise TypeError("branch and bound follows networks with a ReLU, got one without")
     found: list[Box] = []
     for k, known in zip(relus, hidden_boxes(model, box), strict=True):
         neurons = ((known.lower < 0) & (known.upper > 0)).flatten().nonzero()[:, 0]

@@ -84,9 +84,8 @@ class Dual(InBall):
 class RobustManifold(Base):
     """PGD training, and overpowered pairs found against the model of the moment (Ilyas et al. 2017).
 
-    Each step looks for pairs that the model tells apart, and adds their mean cross-entropy. Both ends start
-    in one image's latent, so they are meant to have its label; pairs of which an end is nearer to an image
-    of another label in the batch, in latents, straddle a true boundary and are dropped.
+    Each step looks for pairs that the model tells apart, and adds their mean cross-entropy. Both ends stay
+    around one image's latent, and have its label as long as `eps_latent` is as small as that asks for.
 
     norm        of PGD's ball
     eps         its radius, in pixels; 0 leaves the images clean
@@ -95,7 +94,7 @@ class RobustManifold(Base):
     pairs       looked for at each step
     pair_eps    how far apart they may lie, L2, in pixels
     pair_steps  of that search
-    spread      of its starts about E(x), in standard deviations of the prior
+    eps_latent  how far from E(x), as `eps` of `Latent`
     """
 
     needs_manifold: ClassVar[bool] = True
@@ -108,10 +107,10 @@ class RobustManifold(Base):
     pairs: int = 16
     pair_eps: float = 1.0
     pair_steps: int = 10
-    spread: float = 0.1
+    eps_latent: float = 0.1
 
     def __post_init__(self) -> None:
-        positive = ("steps", "weight", "pairs", "pair_eps", "pair_steps", "spread")
+        positive = ("steps", "weight", "pairs", "pair_eps", "pair_steps", "eps_latent")
         check(self, positive=positive, shares=("ramp",))
 
     @property
@@ -123,7 +122,7 @@ class RobustManifold(Base):
         if self.eps:
             eps = ramped(self.eps, step.progress, self.ramp)
             x_adv = training_attack(model, x, y, norm=self.norm, eps=eps, steps=self.steps, seed=step.seed)
-        ends, labels = self.label_consistent_pairs(model, x, y, step)
+        ends, labels = self.found(model, x, y, step)
         losses = F.cross_entropy(
             model(torch.cat([x_adv, ends])), torch.cat([y, labels, labels]), reduction="none"
         )
@@ -131,29 +130,18 @@ class RobustManifold(Base):
         # Spread over the batch, so that its mean is the sum of both parts.
         return own + self.weight * (paired.mean() if len(paired) else 0.0)
 
-    def label_consistent_pairs(
-        self, model: Classifier, x: Tensor, y: Tensor, step: Step
-    ) -> tuple[Tensor, Tensor]:
-        """Ends G(z₁) and then G(z₂) of the pairs that were found, (2M, C, H, W), and their labels (M,)."""
+    def found(self, model: Classifier, x: Tensor, y: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Ends G(z₁) and then G(z₂) of M pairs around the first images, (2M, C, H, W), their labels (M,)."""
         generator, encoder = _manifold(step)
-        chosen = slice(0, min(self.pairs, len(x)))
         with torch.no_grad():
-            latents = encoder(x).to(x)
-        rng = torch.Generator().manual_seed(step.seed)
-        centre, label = latents[chosen], y[chosen]
-        jitter = torch.randn(2, *centre.shape, generator=rng).to(centre) * self.spread
-        found = overpowered_pairs(
+            latents = encoder(x[: self.pairs]).to(x)
+        pairs = overpowered_pairs(
             model,
             generator,
-            starts=(centre + jitter[0], centre + jitter[1]),
+            around=(latents, self.eps_latent),
             eps=self.pair_eps,
             steps=self.pair_steps,
+            seed=step.seed,
         )
-        same = y.unsqueeze(0) == label.unsqueeze(1)
-        kept = found.found
-        for z in (found.z1, found.z2):
-            distance = torch.cdist(z, latents)
-            own = distance.masked_fill(~same, torch.inf).amin(1)
-            other = distance.masked_fill(same, torch.inf).amin(1)
-            kept = kept & (own < other)
-        return torch.cat([found.x1[kept], found.x2[kept]]).detach(), label[kept]
+        kept = pairs.found
+        return torch.cat([pairs.x1[kept], pairs.x2[kept]]).detach(), y[: self.pairs][kept]

@@ -27,7 +27,7 @@ from pipelines.judging import accuracy, held_out, proved
 from pipelines.own import load_own_classifier
 from pipelines.stage import FACTS, STATE, Plan, StageError, figures, settings_of
 
-VERSION = 6  # of `harden` and of each of its variants
+VERSION = 7  # of `harden` and of each of its variants
 VARIANT = "variant.json"
 _VALIDATION_STEPS = 10
 _CUSTOMARY = (Threat("linf", 0.15),)  # for what is trained for no threat

@@ -1,5 +1,6 @@
 """Proofs: closed forms and oracles, and no attack inside any radius."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,17 @@ from manifold_defense.certification import (
     Certificates,
     PatchClassifier,
     certified_accuracy,
+    decide,
     fit_patches,
     interval_certificates,
     interval_logits,
+    intervals_prove,
     linear_certificates,
     linear_worst_margin,
     lipschitz_certificates,
     lipschitz_constant,
 )
+from manifold_defense.certification.intervals import Box, hidden_boxes
 from manifold_defense.certification.lipschitz import convolution_norm
 from manifold_defense.classifiers import ArchitectureConfig, ImageClassifier
 from manifold_defense.evaluation.baselines import Binarise, BitDepth, Blur, Preprocess, Preprocessed
@@ -182,6 +186,53 @@ def test_the_radius_is_the_last_that_the_bounds_prove(bounded: ImageClassifier, 
     assert not safe(found.radius + 1 / 2**11).any()
 
 
+def test_a_proof_behind_a_threshold_holds_what_rounding_leaves_out() -> None:
+    """Grey 51 of 255 and 0.3 make a hair more than a half, in float32 a half: black."""
+
+    def model() -> Preprocessed:
+        made = ImageClassifier((1, 1, 1), 2, ArchitectureConfig("shallow", width=1))
+        first, made.head = nn.Linear(1, 1), nn.Linear(1, 2)
+        made.body = nn.Sequential(nn.Flatten(), first, nn.ReLU())
+        first.weight.data.fill_(1.0), first.bias.data.fill_(0.0)
+        made.head.weight.data, made.head.bias.data = torch.tensor([[1.0], [-1.0]]), torch.tensor([-0.5, 0.5])
+        return Preprocessed(Binarise(), made).requires_grad_(False)
+
+    x, y = torch.full((1, 1, 1, 1), 51 / 255), torch.tensor([1])
+    assert float(x) + 0.3 > 0.5
+    assert not bool(x + 0.3 > 0.5)
+    assert not intervals_prove(model(), x, y, 0.3)
+    assert not decide(model(), x, y, 0.3).proved
+    assert intervals_prove(model(), x, y, 0.299999)
+    assert decide(model(), x, y, 0.299999).proved
+
+
+def test_a_layer_that_writes_over_its_input_changes_no_bound(bounded: ImageClassifier, digits: Any) -> None:
+    x, own = digits[0][:20], copy.deepcopy(bounded)
+    box = Box((x - 0.05).clamp(0, 1), (x + 0.05).clamp(0, 1))
+    for layer in own.body.modules():
+        if isinstance(layer, nn.ReLU):
+            layer.inplace = True
+    for expected, found in zip(hidden_boxes(bounded, box), hidden_boxes(own, box), strict=True):
+        assert torch.equal(expected.lower, found.lower)
+        assert torch.equal(expected.upper, found.upper)
+
+
+def test_a_proof_is_of_full_precision(bounded: ImageClassifier, digits: Any) -> None:
+    x = digits[0][:50]
+    expected = lipschitz_certificates(bounded, x), interval_certificates(bounded, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = lipschitz_certificates(bounded, x), interval_certificates(bounded, x)
+        assert torch.equal(found[0].radius, expected[0].radius)
+        assert torch.equal(found[1].radius, expected[1].radius)
+
+
+def test_no_radius_below_zero_is_proved(bounded: ImageClassifier, digits: Any) -> None:
+    x, wrong = digits[0][:5], (digits[1][:5] + 1) % 10
+    for eps in (-0.5, torch.tensor([0.1, -0.1, 0.1, 0.1, 0.1]), float("nan")):
+        with pytest.raises(ValueError, match=r"^eps: expected at least 0"):
+            intervals_prove(bounded, x, wrong, eps)
+
+
 # --- No certified image is broken inside its radius ---
 
 
@@ -264,6 +315,8 @@ def test_a_patch_has_no_more_directions_than_there_are_pixels() -> None:
 
 
 def test_a_distance_classifier_says_what_it_expects() -> None:
+    with pytest.raises(ValueError, match="bases: expected rows of length 1"):
+        PatchClassifier(torch.rand(2, 3), torch.full((2, 1, 3), 3.0), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="bases: expected"):
         PatchClassifier(torch.rand(3, 4), torch.rand(3, 1, 5), torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match="labels: expected"):

@@ -357,6 +357,23 @@ def test_pairs_on_a_curved_range(networks: Any, eps: float) -> None:
     assert not torch.equal(pairs.z1, other.z1)
 
 
+def test_pairs_stay_around_what_they_are_of(networks: Any) -> None:
+    generator, model = networks[0], network(3)
+    centre = torch.randn(40, generator.latent_dim, generator=torch.Generator().manual_seed(2))
+    pairs = overpowered_pairs(model, generator, around=(centre, 0.2), eps=0.5, steps=60)
+    for z in (pairs.z1, pairs.z2):
+        assert ((z - centre).abs() <= 0.2 + 1e-6).all()
+        assert ((z - centre).abs() > 0.15)[pairs.found].any()
+    wide = overpowered_pairs(model, generator, around=(centre, 2.0), eps=0.5, steps=60)
+    assert 0 < int(pairs.found.sum()) < int(wide.found.sum())
+    again = overpowered_pairs(model, generator, around=(centre, 0.2), eps=0.5, steps=60)
+    assert torch.equal(pairs.z2, again.z2)
+    with pytest.raises(ValueError, match=r"^around: expected no starts"):
+        overpowered_pairs(model, generator, starts=(centre, centre), around=(centre, 0.2))
+    with pytest.raises(ValueError, match=r"^around: expected a radius above 0"):
+        overpowered_pairs(model, generator, around=(centre, 0.0))
+
+
 def test_where_there_is_no_pair_none_is_found(linear: Any) -> None:
     linear.float()
     starts = (torch.zeros(4, 5), torch.ones(4, 5))

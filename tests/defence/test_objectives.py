@@ -159,8 +159,8 @@ def test_the_penalty_ramps(digits: Any) -> None:
 
 def test_pairs_weigh_as_they_are_told(digits: Any, manifold: ManifoldFilter, hardened: nn.Module) -> None:
     x, y, step = digits[0][:50], digits[1][:50], Step(manifold=manifold)
-    objective = RobustManifold(eps=0.1, steps=2, ramp=0.0, weight=0.7, pairs=50, pair_eps=2.0)
-    ends, labels = objective.label_consistent_pairs(hardened, x, y, step)
+    objective = RobustManifold(eps=0.1, steps=2, ramp=0.0, weight=0.7, pairs=50, pair_eps=2.0, eps_latent=0.5)
+    ends, labels = objective.found(hardened, x, y, step)
     assert len(labels) > 0
     paired = F.cross_entropy(hardened(ends), torch.cat([labels, labels]))
     own = Pgd(eps=0.1, steps=2, ramp=0.0)(hardened, x, y, step)
@@ -281,8 +281,8 @@ def test_pairs_keep_the_label_of_their_image(digits: Any) -> None:
     line = ManifoldFilter(Line(), Back(), ProjectionConfig(steps=0))
     z = torch.tensor([[-2.0], [-0.9], [0.8], [1.2], [2.0]])
     y = (z > 0).long().squeeze(1)
-    objective = RobustManifold(eps=0.0, pairs=5, pair_eps=0.2, pair_steps=60, spread=0.05)
-    ends, labels = objective.label_consistent_pairs(wrong, Line()(z), y, Step(manifold=line))
+    objective = RobustManifold(eps=0.0, pairs=5, pair_eps=0.2, pair_steps=60, eps_latent=0.25)
+    ends, labels = objective.found(wrong, Line()(z), y, Step(manifold=line))
     assert len(labels) > 0
     assert (labels == 1).all()  # around 1 the true label is that of the upper half
     first, second = Back()(ends).squeeze(1).chunk(2)
@@ -290,7 +290,7 @@ def test_pairs_keep_the_label_of_their_image(digits: Any) -> None:
     assert (first > 0).all()
     assert (second > 0).all()
     # Where the model's boundary is the true one, no pair is left to learn from.
-    ends, labels = objective.label_consistent_pairs(
+    ends, labels = objective.found(
         lambda x: wrong(x) + torch.tensor([-1.0, 1.0]), Line()(z), y, Step(manifold=line)
     )
     assert len(labels) == 0

@@ -259,6 +259,8 @@ def test_settings_override_the_file_and_run_overrides_both(tmp_path):
         ("evaluate.threats.2.eps=0.1", "threats has several tables; expected one of 0, 1"),
         ("certify.radii_l2.0=0.5", "certify.radii_l2: expected a list"),
         ("certify.radii_l2=[]", "radii_l2: expected at least one"),
+        ("certify.radii_linf=[1.5]", "radii_linf: expected at least one radius, all above 0 and at most 1,"),
+        ("harden.objective={name='curriculum',switch=1}", "switch: expected below 1"),
         ("certify.boxes=0", "boxes: expected at least 1, got 0"),
         ("certify.bank=0", "bank: expected at least 1, got 0"),
         ("certify.smoothing.sigma=0", "sigma: expected above 0"),
