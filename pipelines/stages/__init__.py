@@ -77,7 +77,7 @@ _ALL = (
     ),
     Stage(
         "evaluate",
-        23,
+        24,
         "every attack on every defence, worst per image",
         ("seed", "data", "projection", "harden", "evaluate"),
         lambda config: ("train-encoder", "train-classifier", "harden") if _of_the_run(config) else (),
@@ -86,7 +86,7 @@ _ALL = (
     ),
     Stage(
         "certify",
-        3,
+        4,
         "proofs, and attacks on them",
         ("seed", "data", "projection", "harden", "certify"),
         lambda config: ("train-encoder", "train-classifier", "harden"),
