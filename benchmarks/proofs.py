@@ -22,6 +22,7 @@ from inputs import benchmark, data_options, folder, json_option, read_images
 from rich.progress import track
 
 from manifold_defense.certification import decide, intervals_prove
+from manifold_defense.certification.lipschitz import chain
 from manifold_defense.evaluation.baselines import Binarise, Preprocessed
 from manifold_defense.evaluation.statistics import wilson
 from pipelines.files import write_json
@@ -47,7 +48,12 @@ def main(
     output: Path | None,
 ) -> None:
     read = read_images(data, settings, images)
-    model = Preprocessed(Binarise(), read.classifier(classifier)).eval().requires_grad_(False)
+    own = read.classifier(classifier)
+    try:
+        chain(own.body)
+    except TypeError as error:
+        raise click.UsageError(f"{classifier}: {error}") from None
+    model = Preprocessed(Binarise(), own).eval().requires_grad_(False)
     weights = (classifier / "classifier.safetensors").read_bytes()
     test = read.dataset.test
     asked = {
