@@ -96,9 +96,12 @@ class Defence:
 
     def averaged(self, attacked: int = 20, judged: int = 100) -> Defence:
         """Of a model that draws: the mean over `attacked` draws is attacked, the share of `judged` counts."""
+
+        def mean(model: Classifier) -> Classifier:  # of one that is a mean already, another mean
+            return Expectation(model.model if isinstance(model, Expectation) else model, attacked)
+
         views = {
-            view: model if view in self.surrogates else Expectation(model, attacked)
-            for view, model in self.attacked.items()
+            view: model if view in self.surrogates else mean(model) for view, model in self.attacked.items()
         }
         return replace(self, attacked=views, draws=judged)
 

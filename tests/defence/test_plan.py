@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from manifold_defense import DefendedClassifier, ManifoldFilter, ProjectionConfig, Threat
-from manifold_defense.attacks import Expectation
 from manifold_defense.attacks.norms import sizes
 from manifold_defense.evaluation import AttackConfig, Defence, jobs, run_job
 from manifold_defense.evaluation.baselines import Binarise, Preprocessed
@@ -128,9 +127,7 @@ def test_a_view_is_of_the_kind_of_its_model(linear: Any, classifier: nn.Module, 
 
 def test_a_filter_that_draws_meets_what_looks_behind_a_filter(linear: Any, classifier: nn.Module) -> None:
     filter = ManifoldFilter(linear.float(), config=ProjectionConfig("gd", "prior", steps=3, step_size=1.0))
-    drawing = Defence.filtered("inc", DefendedClassifier(RandomisedFilter(filter), classifier))
-    views = {view: Expectation(model, 2) for view, model in drawing.attacked.items() if view != "unaware"}
-    drawing = replace(drawing, attacked={"unaware": classifier, **views}, draws=3)
+    drawing = Defence.of("inc", DefendedClassifier(RandomisedFilter(filter), classifier)).averaged(2, 3)
     suite = [AttackConfig("feature_matching", 3, views=("exact",)), AttackConfig("range", 3)]
     x, y = labelled(classifier, 4)
     found = [job for job in jobs([drawing], suite, [LINF]) if job.attack]

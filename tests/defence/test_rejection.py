@@ -364,7 +364,11 @@ def test_of_what_draws_the_mean_is_attacked_and_many_draws_count(randomised: Ran
         assert {model.draws for model in defence.attacked.values() if isinstance(model, Expectation)} == {20}
     still = DefendedClassifier(randomised.draw(), classifier)
     assert Defence.of("still", still).draws == 1
-    assert Defence.of("still", still).averaged(3, 7).draws == 7
+    again = noisy.averaged(3, 7)
+    assert again.draws == 7
+    exact: Any = again.attacked["exact"]
+    assert exact.draws == 3
+    assert not isinstance(exact.model, Expectation)
 
 
 def test_a_deterministic_model_is_its_own_expectation(linear: Any) -> None:
